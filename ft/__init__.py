@@ -1,0 +1,49 @@
+"""ft: fine-tune language models with pure functions, one loop and typed Python recipes.
+
+    from ft import AdamW, Data, LoRA, Model, Recipe, SFT
+
+Importing ``ft`` imports no torch; what needs it (``ft.losses``, ``ft.train``, ...) imports it when used.
+"""
+
+from ft.errors import FtError
+from ft.methods import SFT
+from ft.recipe import (
+    NF4,
+    WSD,
+    AdamW,
+    Batching,
+    Constant,
+    Cosine,
+    Data,
+    Eval,
+    Linear,
+    Log,
+    LoRA,
+    Model,
+    Parallel,
+    Recipe,
+    Save,
+    Source,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "NF4",
+    "SFT",
+    "WSD",
+    "AdamW",
+    "Batching",
+    "Constant",
+    "Cosine",
+    "Data",
+    "Eval",
+    "FtError",
+    "Linear",
+    "LoRA",
+    "Log",
+    "Model",
+    "Parallel",
+    "Recipe",
+    "Save",
+    "Source",
+]

@@ -1,0 +1,1 @@
+"""What is kept on disk: weights, adapters, checkpoints. safetensors and JSON only."""

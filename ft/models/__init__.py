@@ -1,0 +1,1 @@
+"""The policy: loading, quantised and adapted layers, layouts, log-probs."""

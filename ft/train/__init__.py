@@ -1,0 +1,1 @@
+"""What happens: the loop, the optimizer, the log."""

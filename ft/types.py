@@ -1,0 +1,174 @@
+"""The values that pass between rooms, and the protocols a method and a sampler fulfil.
+
+Shapes: T tokens of a micro-batch (packed, 1-D), S sequences, N trained positions, L tokens of one sequence
+(ragged), D model width. ``mask_L[i]`` is True where predicting ``tokens_L[i]`` is trained. Shifting happens once,
+in ``ft.data.pack.collate``: ``logp_T[t]`` scores ``target_T[t]``, given ``input_T[: t + 1]`` of the same sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import attrs
+from attrs import field, frozen
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+
+@frozen(kw_only=True, eq=False)
+class Example:
+    """One sequence ready for training. There is no prompt/completion split: the mask says what is trained.
+
+    ``unit``: examples with the same unit share a batch (the two answers of a DPO pair). ``group``: prompt id.
+    ``source`` names the row for messages, as "file.jsonl:17".
+    """
+
+    tokens_L: np.ndarray  # int32
+    mask_L: np.ndarray  # bool; mask_L[0] is never used, since nothing predicts the first token
+    source: str = ""
+    unit: int | None = None
+    group: int | None = None
+    old_logp_L: np.ndarray | None = None  # float32, the behaviour policy's
+    adv_L: np.ndarray | None = None  # float32
+    ce_L: np.ndarray | None = None  # float32, weight of a cross-entropy term
+    label: float | None = None
+    margin: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens_L)
+
+
+@frozen(kw_only=True, eq=False)
+class Batch:
+    """A packed micro-batch: sequence s owns positions ``cu_S1[s] : cu_S1[s + 1]`` of every ``_T`` tensor.
+
+    Positions from ``cu_S1[-1]`` on are filler: forwarded, never scored, belonging to no sequence (``seq_T`` is S
+    there). A filler batch of an idle rank is all filler: S = 0. ``trained_N`` lists where ``mask_T`` is True, so
+    that no step asks the device for it.
+    """
+
+    input_T: Tensor  # int64
+    target_T: Tensor  # int64
+    pos_T: Tensor  # int64, restarts at 0 in each sequence
+    seq_T: Tensor  # int64
+    cu_S1: Tensor  # int32
+    mask_T: Tensor  # bool
+    trained_N: Tensor  # int64
+    lengths: tuple[int, ...]  # per sequence, host side: what cu_S1 says, without asking the device
+    unit_S: Tensor  # int64
+    group_S: Tensor  # int64, -1 where there is none
+    sources: tuple[str, ...] = ()
+    old_logp_T: Tensor | None = None
+    ref_logp_T: Tensor | None = None
+    adv_T: Tensor | None = None
+    ce_T: Tensor | None = None
+    label_S: Tensor | None = None
+    margin_S: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on ``device`` (copies do not block where memory is pinned)."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in attrs.fields(Batch)
+            if hasattr(value := getattr(self, f.name), "to")
+        }
+        return attrs.evolve(self, **moved)
+
+
+@frozen(kw_only=True)
+class Counts:
+    """Denominators of a step: summed over micro-batches and ranks before the first backward."""
+
+    tokens: Any = 0  # trained positions; int, or a 0-d float64 tensor once summed over ranks
+    ce_tokens: Any = 0  # sum of ce_T
+    seqs: Any = 0
+    units: Any = 0
+    inputs: Any = 0  # forwarded positions that belong to a sequence, for tokens/s and padding waste
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in attrs.fields(Counts)})
+
+
+@frozen(kw_only=True, eq=False)
+class LogProbs:
+    """What the policy says of a batch. ``logp_T`` is float32 and 0 where ``mask_T`` is False."""
+
+    logp_T: Tensor
+    entropy_T: Tensor | None = None  # float32, no gradient, 0 where mask_T is False
+    aux: Tensor | None = None  # the router's balance loss of this micro-batch, a mean over its tokens
+    hidden_TD: Tensor | None = None
+
+
+@frozen(kw_only=True, eq=False)
+class LossOutput:
+    """This micro-batch's share of the step's global mean, and shares of the numbers to log.
+
+    Over micro-batches and ranks ``loss`` and ``sums`` are reduced by SUM, ``maxes`` by MAX. Everything but ``loss``
+    is detached and stays on the device.
+    """
+
+    loss: Tensor
+    sums: Mapping[str, Tensor] = field(factory=dict)
+    maxes: Mapping[str, Tensor] = field(factory=dict)
+
+
+@frozen(kw_only=True, eq=False)
+class Rollout:
+    """One sampled completion. ``logp_L`` is the behaviour policy's log-prob of each token, as sampled."""
+
+    prompt: Example
+    tokens_L: np.ndarray
+    logp_L: np.ndarray | None
+    finish: str  # "stop" | "length" | "error"
+    policy_step: int
+    text: str = ""
+    reward: float | None = None
+    parts: Mapping[str, float] = field(factory=dict)
+
+
+class Dataset(Protocol):
+    """Prepared examples, reached by index. ``fingerprint`` changes whenever an example would."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
+    def draw(self, step: int, n: int, seed: int) -> list[Example]: ...
+
+
+@frozen(kw_only=True, eq=False)
+class Context:
+    """What a method may use to find its examples."""
+
+    data: Dataset | None
+    examples: int  # per step, over all ranks
+    seed: int
+    tokenizer: Any = None
+    sampler: Sampler | None = None
+
+
+class Method(Protocol):
+    """A training method: three functions on a frozen attrs class. See ``ft.methods.sft`` for the smallest."""
+
+    def examples(self, step: int, ctx: Context) -> Sequence[Example]:
+        """The same list on every rank; a pure function of (seed, step) for methods that read files."""
+        ...
+
+    def prepare(self, batch: Batch, policy: Any) -> Batch:
+        """Fill in what needs a model but no gradient: reference or old log-probs, features. Runs under no_grad."""
+        ...
+
+    def loss(self, logprobs: LogProbs, batch: Batch, counts: Counts) -> LossOutput:
+        """Pure. ``counts`` are the step's global denominators."""
+        ...
+
+
+class Sampler(Protocol):
+    """Where completions come from: tokens in, tokens out."""
+
+    def sync(self, policy: Any, step: int) -> None: ...
+    def rollout(self, prompts: Sequence[Example], n: int, step: int) -> list[list[Rollout]]: ...
