@@ -14,9 +14,9 @@ from attrs import evolve, field, frozen, validators
 
 from ft.types import Method
 
-_positive = validators.gt(0)
-_natural = validators.ge(0)
-_share = validators.and_(validators.ge(0.0), validators.le(1.0))
+_positive: Any = validators.gt(0)
+_natural: Any = validators.ge(0)
+_share: Any = validators.and_(validators.ge(0.0), validators.le(1.0))
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Format = Literal["auto", "messages", "conversations", "alpaca", "prompt", "segments", "text", "tokens"]
@@ -46,6 +46,8 @@ class Model:
     """A local folder, or an id looked up in $FT_MODELS (default: ./models) and then on the hub."""
     revision: str | None = None
     """Hub branch, tag or commit; resolved to a commit, which is recorded."""
+    family: str | None = None
+    """Architecture (transformers' model_type), for a rehearsal where not even the model's config is at hand."""
     dtype: Dtype = "bfloat16"
     """Storage and compute type of the base weights. Trained weights are float32 masters in any case."""
     quant: NF4 | None = None
@@ -53,7 +55,7 @@ class Model:
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
     """Attention implementation; auto takes the model's own default."""
     layout: Literal["auto", "packed", "padded"] = "auto"
-    """How sequences share a forward; auto packs where the leak check passes. `packed` stops the run where it does not."""
+    """How sequences share a forward; auto packs if the leak check passes; `packed` stops the run if it fails."""
     checkpointing: bool = True
     """Recompute each layer in backward instead of keeping its activations."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
