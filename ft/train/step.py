@@ -1,0 +1,82 @@
+"""One step's arithmetic: examples -> micro-batches with global counts -> shares of one global mean.
+
+A share is a sum divided by the step's global count, so the sum of shares over micro-batches and ranks is the mean
+over the step, however it was split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+from attrs import frozen
+
+from ft import dist
+from ft.data.pack import collate, count, pack, shard
+from ft.dist import World
+from ft.models.policy import Policy, logprobs
+from ft.types import Batch, Counts, Example, LossOutput, Method
+
+
+@frozen(kw_only=True, eq=False)
+class Plan:
+    """This rank's micro-batches of a step, and the step's denominators over all ranks."""
+
+    batches: tuple[Batch, ...]
+    counts: Counts
+
+
+def plan(examples: Sequence[Example], method: Method, policy: Policy, world: World, *, tokens: int) -> Plan:
+    """Pack ``examples`` into micro-batches of at most ``tokens`` positions and share them over the ranks.
+
+    Every rank passes the same examples and gets the same number of batches; a rank without work gets fillers.
+    """
+    packs = shard(pack(examples, tokens=tokens), rank=world.rank, world=world.size)
+    batches = [collate(p).to(world.device) for p in packs]
+    with torch.no_grad():
+        batches = [method.prepare(batch, policy) for batch in batches]
+    local = sum((count(batch) for batch in batches), Counts())
+    counts = Counts(**dist.reduce_tree(attrs.asdict(local), world))
+    return Plan(batches=tuple(batches), counts=counts)
+
+
+def add(a: LossOutput, b: LossOutput) -> LossOutput:
+    """Shares add up; maxima are compared. The result is detached."""
+    return LossOutput(
+        loss=a.loss + b.loss.detach(),
+        sums={name: a.sums.get(name, 0) + b.sums.get(name, 0) for name in {**a.sums, **b.sums}},
+        maxes={
+            name: torch.stack([o.maxes[name] for o in (a, b) if name in o.maxes]).amax()
+            for name in {**a.maxes, **b.maxes}
+        },
+    )
+
+
+def run(plan: Plan, method: Method, policy: Policy, world: World, *, backward: bool) -> LossOutput:
+    """Forward every micro-batch, and backward too where asked. Returns this rank's summed shares, detached.
+
+    The router's balance loss, where the model gives one, is a share weighted by the micro-batch's positions.
+    """
+    total = LossOutput(loss=torch.zeros((), device=world.device))
+    for batch in plan.batches:
+        scored = logprobs(policy, batch)
+        out = method.loss(scored, batch, plan.counts)
+        if scored.aux is not None:
+            weight = sum(batch.lengths) / plan.counts.inputs
+            balance = (scored.aux * weight).float()
+            out = attrs.evolve(out, loss=out.loss + balance, sums={**out.sums, "router_balance": balance.detach()})
+        if backward:
+            out.loss.backward()
+        total = add(total, out)
+    return total
+
+
+def reduce(out: LossOutput, world: World) -> LossOutput:
+    """Shares summed and maxima compared over ranks: the step's own numbers, on every rank."""
+    sums = dist.reduce_tree({"loss": out.loss, **{f"sums/{k}": v for k, v in out.sums.items()}}, world)
+    return LossOutput(
+        loss=sums.pop("loss"),
+        sums={k.removeprefix("sums/"): v for k, v in sums.items()},
+        maxes=dist.reduce_tree(out.maxes, world, "max"),
+    )

@@ -1,0 +1,85 @@
+"""Make chat rows from reasoning-gym's tasks: `python recipes/data/make.py chain_sum --rows 512 --out rows.jsonl`.
+
+Rows are {"messages": [user, assistant], "answer": ...}; the same seed makes the same rows, and held-out rows are
+those of another seed whose questions do not occur among the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TASKS: dict[str, dict[str, Any]] = {
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "letter_counting": {"min_words": 3, "max_words": 6},
+    "spell_backward": {"min_word_len": 3, "max_word_len": 5},
+    "gcd": {"max_value": 60},
+    "number_sorting": {"min_numbers": 3, "max_numbers": 5},
+    "syllogism": {},
+    "basic_arithmetic": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
+}
+ASK = " Answer with the result only."
+
+
+def rows(task: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Endless rows of one task, each question once."""
+    import reasoning_gym  # pyright: ignore[reportMissingImports]
+
+    seen: set[str] = set()
+    size = 4096
+    for item in reasoning_gym.create_dataset(task, size=size, seed=seed, **TASKS[task]):
+        if item["question"] in seen:
+            continue
+        seen.add(item["question"])
+        user = {"role": "user", "content": item["question"].strip() + ASK}
+        assistant = {"role": "assistant", "content": str(item["answer"])}
+        yield {"messages": [user, assistant], "answer": str(item["answer"]), "task": task}
+
+
+def talk(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several questions as one conversation."""
+    return {"messages": [m for part in parts for m in part["messages"]], "task": "+".join(p["task"] for p in parts)}
+
+
+def mixed(count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """All tasks in turn: single questions, conversations of two, and some with a system message."""
+    sources = [rows(task, seed) for task in TASKS]
+    for i in range(count):
+        row = next(sources[i % len(sources)])
+        if i % 3 == 1:
+            row = talk([row, next(sources[(i + 2) % len(sources)])])
+        if i % 4 == 2:
+            row["messages"].insert(0, {"role": "system", "content": "You are exact and brief."})
+        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=[*TASKS, "mixed"])
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held-out-from", type=Path, help="leave out questions that occur in this file")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    known = set()
+    if args.held_out_from:
+        for line in args.held_out_from.read_text().splitlines():
+            known.add(json.loads(line)["messages"][0]["content"])
+    source = mixed(args.rows, args.seed) if args.task == "mixed" else rows(args.task, args.seed)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    written = 0
+    with args.out.open("w", encoding="utf-8") as file:
+        for row in source:
+            if written == args.rows:
+                break
+            if row["messages"][0]["content"] not in known:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                written += 1
+    print(f"{args.out}: {written} rows of {args.task}")
+
+
+if __name__ == "__main__":
+    main()
