@@ -58,6 +58,8 @@ class Model:
     """How sequences share a forward; auto packs if the leak check passes; `packed` stops the run if it fails."""
     checkpointing: bool = True
     """Recompute each layer in backward instead of keeping its activations."""
+    frozen: tuple[str, ...] = ()
+    """Ends of parameter names that full fine-tuning leaves as they are."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Implementation of ft's own kernels, fixed when the model is built."""
     template: Path | None = None

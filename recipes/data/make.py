@@ -56,9 +56,15 @@ def mixed(count: int, seed: int) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def texts(seed: int) -> Iterator[dict[str, Any]]:
+    """Plain text: worked questions, one after another, for pretraining."""
+    for row in mixed(10**6, seed):
+        yield {"text": "\n".join(m["content"].removesuffix(ASK) for m in row["messages"])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=[*TASKS, "mixed"])
+    parser.add_argument("task", choices=[*TASKS, "mixed", "text"])
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out-from", type=Path, help="leave out questions that occur in this file")
@@ -68,14 +74,15 @@ def main() -> None:
     if args.held_out_from:
         for line in args.held_out_from.read_text().splitlines():
             known.add(json.loads(line)["messages"][0]["content"])
-    source = mixed(args.rows, args.seed) if args.task == "mixed" else rows(args.task, args.seed)
+    made = {"mixed": lambda: mixed(args.rows, args.seed), "text": lambda: texts(args.seed)}
+    source = made.get(args.task, lambda: rows(args.task, args.seed))()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     written = 0
     with args.out.open("w", encoding="utf-8") as file:
         for row in source:
             if written == args.rows:
                 break
-            if row["messages"][0]["content"] not in known:
+            if "text" in row or row["messages"][0]["content"] not in known:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 written += 1
     print(f"{args.out}: {written} rows of {args.task}")
