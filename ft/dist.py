@@ -16,6 +16,8 @@ import torch.distributed as c10d
 from attrs import frozen
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ft.errors import RecipeError
 
@@ -104,3 +106,19 @@ def barrier(world: World) -> None:
     """Wait for every rank."""
     if world.size > 1:
         c10d.barrier()
+
+
+def whole(t: Tensor) -> Tensor:
+    """The full tensor of a sharded one, gathered by all ranks together; any other tensor as it is."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+@torch.no_grad()
+def copy_into(target: Tensor, source: Tensor) -> None:
+    """Overwrite ``target`` by ``source``, which is whole; of a sharded target each rank fills its own part."""
+    assert target.shape == source.shape, f"{tuple(target.shape)} is not {tuple(source.shape)}"
+    if isinstance(target, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+        part = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+        target, source = target.to_local(), source[part]
+    target.copy_(source)

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import attrs
 import torch
 from attrs import frozen
+from torch import Tensor
 
 from ft import dist
 from ft.data.pack import collate, count, pack, shard
 from ft.dist import World
-from ft.models.policy import Policy, logprobs
+from ft.models.policy import Policy, forwarded, logprobs
 from ft.types import Batch, Counts, Example, LossOutput, Method
 
 
@@ -25,6 +26,7 @@ class Plan:
 
     batches: tuple[Batch, ...]
     counts: Counts
+    forwarded: Tensor  # positions that all ranks forward, padding and fillers included
 
 
 def plan(examples: Sequence[Example], method: Method, policy: Policy, world: World, *, tokens: int) -> Plan:
@@ -36,9 +38,10 @@ def plan(examples: Sequence[Example], method: Method, policy: Policy, world: Wor
     batches = [collate(p).to(world.device) for p in packs]
     with torch.no_grad():
         batches = [method.prepare(batch, policy) for batch in batches]
-    local = sum((count(batch) for batch in batches), Counts())
-    counts = Counts(**dist.reduce_tree(attrs.asdict(local), world))
-    return Plan(batches=tuple(batches), counts=counts)
+    local = attrs.asdict(sum((count(batch) for batch in batches), Counts()))
+    local["forwarded"] = sum(forwarded(policy, batch) for batch in batches)
+    total = dist.reduce_tree(local, world)
+    return Plan(batches=tuple(batches), forwarded=total.pop("forwarded"), counts=Counts(**total))
 
 
 def add(a: LossOutput, b: LossOutput) -> LossOutput:

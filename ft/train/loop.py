@@ -1,0 +1,166 @@
+"""THE loop.
+
+    examples -> pack -> shard -> collate -> prepare -> sum counts over ranks
+    for each micro-batch: log-probs, loss, backward
+    clip -> finite? -> optimizer step -> log -> evaluate and save if due
+
+What it reads is a function of (seed, step), so the weights, the optimizer and a step number are all that resuming
+needs. Nothing in a step waits for the device; ``publish`` does, on log lines.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import attrs
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from ft import dist
+from ft.errors import CapacityError
+from ft.train import guard, keep, optim, schedule, state, step
+from ft.train.evaluate import evaluate
+from ft.train.session import Progress, Session
+from ft.train.signals import Stop
+from ft.types import LossOutput
+
+
+@frozen(kw_only=True, eq=False)
+class Done:
+    """One optimizer step, still on the device."""
+
+    step: int
+    out: LossOutput  # over all ranks
+    norm: Tensor
+    bad: Tensor  # 0-d bool: the step was skipped on every rank
+    lr: float
+    plan: step.Plan
+
+
+@define(kw_only=True, eq=False)
+class Window:
+    """Steps since the last log line."""
+
+    began: float = field(factory=time.perf_counter)
+    done: list[Done] = field(factory=list)
+
+
+def fit(run: Session, progress: Progress, stop: Stop) -> str:
+    """Train from ``progress`` to the end; returns why it ended: "done", "stopped" or "early"."""
+    if progress.step == 0:
+        judge(run, progress)
+    window = Window()
+    while progress.step < run.steps:
+        window.done.append(one_step(run, progress.step))
+        progress.step += 1
+        ending = progress.step == run.steps
+        stopping = False
+        if ending or progress.step % run.recipe.log.every == 0:
+            stopping = publish(run, progress, window, stop)
+            window = Window()
+        better = False
+        if not stopping and (ending or due(progress.step, run.recipe.eval.every)):
+            better = judge(run, progress)
+        early = run.recipe.eval.patience is not None and progress.worse >= run.recipe.eval.patience
+        last = ending or stopping or early
+        if last or better or due(progress.step, run.recipe.save.every):
+            save(run, progress, final=last)
+        if not ending and (stopping or early):
+            return "stopped" if stopping else "early"
+    return "done"
+
+
+def due(now: int, every: int) -> bool:
+    return every > 0 and now % every == 0
+
+
+def one_step(run: Session, now: int) -> Done:
+    """Examples to optimizer step. Everything it returns stays on the device."""
+    recipe, world = run.recipe, run.world
+    state.seed_step(recipe.seed, now, world.rank)
+    examples = recipe.method.examples(now, run.context)
+    plan = step.plan(examples, recipe.method, run.policy, world, tokens=recipe.batch.tokens)
+    shares = step.run(plan, recipe.method, run.policy, world, backward=True)
+    out = step.reduce(shares, world)
+    parameters = list(run.parameters.values())
+    norm = optim.grad_norm(parameters)
+    run.gradients.after_backward(world)
+    bad = ~(torch.isfinite(out.loss) & torch.isfinite(norm))
+    lr = recipe.optim.lr * schedule.lr_share(recipe.schedule, now, run.steps)
+    optim.set_lr(run.optimizer, lr)
+    optim.clip(parameters, norm, recipe.optim.clip)
+    optim.update(run.optimizer, bad)
+    return Done(step=now, out=out, norm=norm, bad=bad, lr=lr, plan=plan)
+
+
+def publish(run: Session, progress: Progress, window: Window, stop: Stop) -> bool:
+    """Read the numbers of the steps since the last line, log them, look for bad ones; True if a rank was asked to stop.
+
+    The losses logged are means over the line's steps; a bad step is left out of them and reported by itself.
+    """
+    stopping = dist.any_rank(stop.requested, run.world)
+    suspects = [guard.Suspect(step=d.step, bad=d.bad, batches=d.plan.batches) for d in window.done]
+    bad = run.watch.look(suspects)
+    for number in bad:
+        run.log.event("bad_step", step=number, folder=str(run.watch.folder))
+        run.log.notice(
+            f"step {number + 1}: loss or gradient not finite; no update made, batch kept in {run.watch.folder}"
+        )
+    good = [d for d in window.done if d.step not in bad]
+    seconds = time.perf_counter() - window.began
+    counts = {
+        f.name: sum(float(getattr(d.plan.counts, f.name)) for d in window.done) for f in attrs.fields(step.Counts)
+    }
+    forwarded = sum(float(d.plan.forwarded) for d in window.done)
+    progress.tokens += int(counts["inputs"])
+    numbers = {
+        **means(good),
+        "lr": window.done[-1].lr,
+        "tokens": progress.tokens,
+        "tokens_per_s": counts["inputs"] / seconds,
+        "trained_share": counts["tokens"] / max(1.0, counts["inputs"]),
+        "padding": 1 - counts["inputs"] / max(1.0, forwarded),
+        "step_s": seconds / len(window.done),
+        "bad_steps": float(len(bad)),
+    }
+    run.log.step(progress.step, numbers)
+    return stopping
+
+
+def means(done: Sequence[Done]) -> dict[str, float]:
+    """Loss, gradient norm and the method's numbers: means over steps, and the largest of the maxima."""
+    if not done:
+        return {}
+    rows = [{"loss": d.out.loss, "grad_norm": d.norm, **d.out.sums} for d in done]
+    numbers = {name: float(torch.stack([row[name].double() for row in rows]).mean()) for name in rows[0]}
+    peaks = {name: float(torch.stack([d.out.maxes[name] for d in done]).amax()) for name in done[0].out.maxes}
+    return {**numbers, **peaks}
+
+
+def judge(run: Session, progress: Progress) -> bool:
+    """Evaluate on the held-out rows; True if it is the best so far."""
+    if run.held_out is None:
+        return False
+    recipe = run.recipe
+    numbers = evaluate(
+        run.policy, recipe.method, run.held_out, run.world, tokens=recipe.batch.tokens, examples=recipe.eval.examples
+    )
+    run.log.step(progress.step, numbers)
+    better = progress.best is None or numbers["eval/loss"] < progress.best
+    if better:
+        progress.best, progress.best_step, progress.worse = numbers["eval/loss"], progress.step, 0
+    else:
+        progress.worse += 1
+    return better and progress.step > 0
+
+
+def save(run: Session, progress: Progress, *, final: bool) -> None:
+    """Write a checkpoint. A full disk ends the run only if nothing more would be saved."""
+    try:
+        keep.save(run, progress)
+    except CapacityError as error:
+        if final:
+            raise
+        run.log.notice(f"{error.message}\n  the run goes on and tries again at the next save")

@@ -1,0 +1,46 @@
+"""Everything a run holds while it trains, and how it is put together from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from attrs import define, frozen
+from torch import nn
+from torch.optim import Optimizer
+
+from ft.dist import World
+from ft.models.policy import Policy
+from ft.recipe import Recipe
+from ft.train.guard import GradientCheck, Watch
+from ft.train.log import Log
+from ft.types import Context, Dataset
+
+
+@frozen(kw_only=True, eq=False)
+class Session:
+    """The parts of a run. Only the policy's and the optimizer's tensors change."""
+
+    recipe: Recipe
+    folder: Path
+    world: World
+    policy: Policy
+    parameters: Mapping[str, nn.Parameter]  # the trained ones
+    optimizer: Optimizer
+    context: Context
+    held_out: Dataset | None
+    steps: int
+    log: Log
+    watch: Watch
+    gradients: GradientCheck
+
+
+@define(kw_only=True)
+class Progress:
+    """Where a run stands; kept in each checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # positions forwarded so far, padding not counted
+    best: float | None = None  # lowest held-out loss
+    best_step: int | None = None
+    worse: int = 0  # evaluations since then
