@@ -19,8 +19,7 @@ import random
 import re
 import secrets
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,13 @@ from torch import Tensor
 
 from ft.errors import CapacityError, CheckpointError
 from ft.io.files import Written, file_sha256, json_text, sync_folder, write_file, write_json_atomic
+from ft.io.lock import Notice, to_stderr
 from ft.io.stream import Entry, Tensors, drain, file_bytes, in_order, write_tensors
 
 FORMAT = "ft-checkpoint-1"
 MANIFEST, META, BEST = "manifest.json", "meta.json", "best.json"
 _NAME = re.compile(r"step-(\d{6,})")
 _LEFTOVER = re.compile(r"(step-\d{6,})\.(tmp|trash)-[0-9a-f]+")
-Notice = Callable[[str], None]
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 @frozen(kw_only=True)
@@ -75,7 +70,7 @@ def save(
     keep: int = 2,
     best: int | None = None,
     writer: bool = True,
-    notice: Notice = _to_stderr,
+    notice: Notice = to_stderr,
 ) -> Path:
     """Save step ``step`` of a run, then remove all but the ``keep`` newest checkpoints and the best.
 
@@ -105,6 +100,7 @@ def save(
         if best is not None:
             write_json_atomic(run / BEST, {"step": best, "checkpoint": f"step-{best:06d}"})
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # before the free space is measured
         raise _capacity(error, target, checkpoint_bytes(files)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already, unless something failed
@@ -272,7 +268,7 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_latest(run: Path, *, checksums: bool = True, notice: Notice = _to_stderr) -> Checkpoint | None:
+def load_latest(run: Path, *, checksums: bool = True, notice: Notice = to_stderr) -> Checkpoint | None:
     """The newest whole checkpoint, or None where nothing was saved. Damaged ones are announced and passed over.
 
     Ranks must not each decide: one calls this and tells the others the path.
@@ -299,13 +295,13 @@ def load_latest(run: Path, *, checksums: bool = True, notice: Notice = _to_stder
     return None
 
 
-def latest(run: Path, *, checksums: bool = False, notice: Notice = _to_stderr) -> Path | None:
+def latest(run: Path, *, checksums: bool = False, notice: Notice = to_stderr) -> Path | None:
     """Where the newest whole checkpoint lies; see ``load_latest``."""
     checkpoint = load_latest(run, checksums=checksums, notice=notice)
     return checkpoint.path if checkpoint else None
 
 
-def sweep(run: Path, *, notice: Notice = _to_stderr) -> None:
+def sweep(run: Path, *, notice: Notice = to_stderr) -> None:
     """Clear what a killed save left behind. Only for the process that holds the run's lock.
 
     A finished folder that missed its rename gets its name; everything else of a save or a removal is deleted.
