@@ -1,0 +1,261 @@
+"""The leak check: before the first step, prove on the model in use that a batch's sequences do not see each other.
+
+Shapes: T positions, D model width, N positions compared.
+
+Three measurements on one small seeded batch of ragged documents, cheap enough for any start-up:
+1. gradient: d(outputs of one document) / d(embeddings of the others) must be exactly 0, whatever the dtype;
+2. perturbation: with the first document replaced, log-probs of the others must not move (this also sees what has no
+   gradient, such as a top-k over keys);
+3. values: log-probs must equal those of each document alone by the model's own attention and own logits, which also
+   proves positions, sliding windows, and the scale and softcap of the head.
+Values are compared by their median: a router's top-k may flip on a rounding error, and a flip is not a leak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as c10d
+from attrs import frozen
+from torch import Tensor, nn
+
+from ft.errors import ModelError
+from ft.models.layout import Layout, alone, candidates
+from ft.models.policy import Scorer
+from ft.types import Batch
+
+LENGTHS = (37, 64, 2, 29)  # positions per document; together they cross the chunks (16 to 64) of recurrent kernels
+WINDOW = 16  # sliding windows are shrunk to this meanwhile, so that short documents reach past them
+# Times the standard deviation of the log-probs themselves, which is small on random models and large on real ones.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 0.03, torch.bfloat16: 0.1}
+
+
+@frozen(kw_only=True)
+class Finding:
+    """What one layout showed. Numbers are nan where it did not run."""
+
+    layout: Layout
+    leak: float = float("nan")
+    """Largest gradient of one document's outputs with respect to another's embeddings, relative to its own."""
+    moved: float = float("nan")
+    """Change of log-probs when another document is replaced, in nats: the largest in 32 bits, else the median."""
+    gap: float = float("nan")
+    """Median distance from the log-probs of each document alone, in nats."""
+    worst: float = float("nan")
+    """Largest such distance."""
+    error: str = ""
+    """Why it did not run."""
+    tolerance: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return not self.error and self.leak == 0 and self.moved <= self.tolerance and self.gap <= self.tolerance
+
+    def __str__(self) -> str:
+        if self.error:
+            return f"{self.layout}: did not run ({self.error})"
+        verdict = "passes" if self.ok else "FAILS"
+        return (
+            f"{self.layout}: {verdict}; gradient into other sequences {self.leak:.1e} (must be 0), log-probs moved by "
+            f"another sequence {self.moved:.1e}, away from each alone {self.gap:.1e} (at most {self.tolerance:.0e}; "
+            f"largest {self.worst:.1e})"
+        )
+
+
+@frozen(kw_only=True)
+class Report:
+    """What was tried, in order; the last finding is the one in use."""
+
+    findings: tuple[Finding, ...]
+    requested: str
+
+    @property
+    def layout(self) -> Layout:
+        return self.findings[-1].layout
+
+    def lines(self) -> list[str]:
+        """One plain line on the layout in use; where `auto` fell back to padding, also why."""
+        used = self.findings[-1]
+        lines = [f"layout: {used}"]
+        if self.requested == "auto" and used.layout.kind == "padded":
+            best = next((f for f in self.findings if not f.error), self.findings[0])
+            lines.append(f"packing would let sequences see each other on this model, so rows are padded. {best}")
+        return lines
+
+
+def check(
+    scorer: Scorer,
+    *,
+    requested: Literal["auto", "packed", "padded"] = "auto",
+    attention: str | None = None,
+    device: torch.device | str = "cpu",
+    tried: Sequence[Layout] | None = None,
+) -> tuple[Layout, Report]:
+    """The first layout that passes, and what was measured. Every rank must call it, and gets the same answer.
+
+    Gradients, training mode, attention and weights are left as they were.
+
+    Args:
+        scorer: as it will train: sharded, quantised, checkpointed.
+        attention: an implementation the user asked for; None lets ours stand in for the model's own.
+        tried: layouts to try, best first; by default all that ``requested`` allows.
+
+    Raises:
+        ModelError: nothing passes; for "packed" with the measured leak.
+    """
+    device = torch.device(device)
+    if tried is None:
+        tried = candidates(
+            scorer.model, own=scorer.own_attention, attention=attention, device=device.type, kind=requested
+        )
+    findings: list[Finding] = []
+    with _quiet(scorer), _short_windows(scorer):
+        tokens = _tokens(scorer, LENGTHS, device)
+        oracle = _alone(scorer, tokens, attention or scorer.own_attention)
+        for layout in tried:
+            findings.append(_finding(scorer, layout, tokens, oracle))
+            if findings[-1].ok:
+                return layout, Report(findings=tuple(findings), requested=requested)
+    raise _refusal(findings, requested)
+
+
+def _refusal(findings: Sequence[Finding], requested: str) -> ModelError:
+    measured = "\n".join(f"    {finding}" for finding in findings)
+    if requested == "packed":
+        problem, fix = "this model cannot keep packed sequences apart", "model.layout=auto or model.layout=padded"
+    else:
+        problem = "no layout gives each sequence the log-probs that it has alone"
+        fix = "another model.attention; a family whose head does more than scale and softcap needs an entry in ft"
+    return ModelError(problem, where="model.layout", expected="a layout that passes", got="\n" + measured, fix=fix)
+
+
+def _finding(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor], oracle_N: Tensor) -> Finding:
+    try:
+        leak, logp_N = _gradient_leak(scorer, layout, tokens)
+        moved_N = _perturbed(scorer, layout, tokens)[len(tokens[0]) - 1 :] - logp_N[len(tokens[0]) - 1 :]
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, ModelError) as error:
+        return Finding(layout=layout, error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+    gap_N = (logp_N - oracle_N).abs()
+    exact = _dtype(scorer) in (torch.float32, torch.float64)
+    moved = moved_N.abs().max() if exact else moved_N.abs().median()
+    measured = torch.stack([leak, moved, gap_N.median(), gap_N.max()]).double()
+    if c10d.is_available() and c10d.is_initialized() and c10d.get_world_size() > 1:
+        c10d.all_reduce(measured, c10d.ReduceOp.MAX)  # ranks must not disagree
+    a, b, c, d = measured.tolist()
+    tolerance = max(1e-6, _TOLERANCE[_dtype(scorer)] * float(oracle_N.std()))
+    return Finding(layout=layout, leak=a, moved=b, gap=c, worst=d, tolerance=tolerance)
+
+
+def _gradient_leak(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Largest gradient of the second document's outputs outside of it, over the largest inside; and log-probs."""
+    batch = _batch(tokens)
+    with torch.enable_grad(), _embeddings(scorer) as leaves:
+        found = scorer(batch, layout, hidden=True)
+        start, stop = (sum(batch.lengths[:i]) for i in (1, 2))
+        hidden_LD = found["hidden_TD"][start:stop].float()
+        weight_LD = torch.randn(hidden_LD.shape, generator=torch.Generator().manual_seed(1)).to(hidden_LD)
+        (grad,) = torch.autograd.grad((hidden_LD * weight_LD).sum(), leaves)
+    size_R = grad.detach().float().abs().amax(-1).flatten()
+    rows = size_R.view(grad.shape[0], -1)
+    own = torch.zeros_like(rows, dtype=torch.bool)
+    if layout.kind == "packed":
+        own[0, start:stop] = True
+    else:
+        own[1, : batch.lengths[1]] = True
+    inside, outside = rows[own].amax(), rows[~own].amax()
+    # nan compares as no leak, and no gradient inside proves nothing: both count as an infinite leak
+    leak = torch.where(torch.isfinite(inside) & (inside > 0) & torch.isfinite(outside), outside / inside, torch.inf)
+    return leak, found["logp_T"].detach()
+
+
+@torch.no_grad()
+def _perturbed(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor]) -> Tensor:
+    """Log-probs with every token of the first document replaced."""
+    vocab = scorer.text_config.vocab_size
+    return scorer(_batch([(tokens[0] + vocab // 2) % vocab, *tokens[1:]]), layout)["logp_T"]
+
+
+@torch.no_grad()
+def _alone(scorer: Scorer, tokens: Sequence[Tensor], attention: str) -> Tensor:
+    """The oracle: each document by itself, the model's own attention, its own masks and logits."""
+    return torch.cat([scorer(_batch([t]), alone(attention), own_logits=True)["logp_T"] for t in tokens])
+
+
+def _tokens(scorer: Scorer, lengths: Sequence[int], device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    vocab = scorer.text_config.vocab_size
+    return [torch.randint(0, vocab, (n + 1,), generator=generator).to(device) for n in lengths]
+
+
+def _batch(tokens: Sequence[Tensor]) -> Batch:
+    """Documents end to end, every position trained."""
+    lengths = tuple(len(t) - 1 for t in tokens)
+    T, S, device = sum(lengths), len(lengths), tokens[0].device
+    lengths_S = torch.tensor(lengths)
+    return Batch(
+        input_T=torch.cat([t[:-1] for t in tokens]),
+        target_T=torch.cat([t[1:] for t in tokens]),
+        pos_T=torch.cat([torch.arange(n) for n in lengths]).to(device),
+        seq_T=torch.arange(S).repeat_interleave(lengths_S).to(device),
+        cu_S1=torch.cat([torch.zeros(1), lengths_S.cumsum(0)]).to(device, torch.int32),
+        mask_T=torch.ones(T, dtype=torch.bool, device=device),
+        trained_N=torch.arange(T, device=device),
+        lengths=lengths,
+        unit_S=torch.arange(S, device=device),
+        group_S=torch.full((S,), -1, device=device),
+    )
+
+
+def _dtype(scorer: Scorer) -> torch.dtype:
+    """The coarsest float type among the weights: rounding is as coarse as that."""
+    found = {p.dtype for p in scorer.parameters()} & set(_TOLERANCE)
+    return max(found or {torch.float32}, key=lambda dtype: _TOLERANCE[dtype])
+
+
+@contextmanager
+def _embeddings(scorer: Scorer) -> Iterator[list[Tensor]]:
+    """Make the embedding's output a leaf that wants a gradient, and collect it."""
+    leaves: list[Tensor] = []
+
+    def leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    handle = scorer.model.get_input_embeddings().register_forward_hook(leaf)
+    try:
+        yield leaves
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _quiet(scorer: Scorer) -> Iterator[None]:
+    """No dropout and no jitter; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in scorer.modules()]
+    scorer.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _short_windows(scorer: Scorer) -> Iterator[None]:
+    """Shrink sliding windows and attention chunks, which real models have in thousands, to what is affordable."""
+    owners = [scorer.model.config, scorer.text_config, *scorer.modules()]
+    saved: list[tuple[Any, str, int]] = []
+    for owner in owners:
+        for name in ("sliding_window", "attention_chunk_size"):
+            size = getattr(owner, name, None)
+            if isinstance(size, int) and size > WINDOW:
+                saved.append((owner, name, size))
+                setattr(owner, name, WINDOW)
+    try:
+        yield
+    finally:
+        for owner, name, size in saved:
+            setattr(owner, name, size)

@@ -1,0 +1,212 @@
+"""The policy: a causal language model that says how likely a batch's tokens are.
+
+Shapes: T positions of a batch, N trained positions, S x L rows of a padded layout, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ft.errors import ModelError
+from ft.kernels.logprobs import token_logps
+from ft.models import documents, layout
+from ft.models.layout import Layout, Rows, arrange
+from ft.types import Batch, LogProbs
+
+
+@frozen(kw_only=True, eq=False)
+class Policy:
+    """A model and how it is asked. ``aux`` is the coefficient of the router's balance loss; 0 leaves it out."""
+
+    scorer: Scorer
+    config: PretrainedConfig
+    layout: Layout
+    aux: float = 0.0
+
+
+def logprobs(
+    policy: Policy, batch: Batch, *, entropy: bool = False, temperature: float = 1.0, hidden: bool = False
+) -> LogProbs:
+    """Log-probs of a batch's targets under the policy, each sequence as if it stood alone.
+
+    Args:
+        entropy: also the entropy of the next-token distribution, without gradient.
+        temperature: logits are divided by it.
+        hidden: also the trunk's last hidden states [T, D], undefined on filler.
+    """
+    found = policy.scorer(batch, policy.layout, entropy=entropy, temperature=temperature, aux=policy.aux, hidden=hidden)
+    return LogProbs(**found)
+
+
+def forwarded(policy: Policy, batch: Batch) -> int:
+    """Positions that this batch makes the model forward, padding and filler included."""
+    return layout.forwarded(batch, policy.layout)
+
+
+class Scorer(nn.Module):
+    """A transformers causal LM whose forward gives log-probs and never holds T x V logits.
+
+    It is meant to be the root of FSDP: whatever the root holds (embedding, final norm, head) is used inside its
+    forward. It gives a plain dict, because FSDP looks for tensors in outputs and sees none inside other classes.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, kernels: str = "auto"):
+        super().__init__()
+        documents.register()
+        documents.split_mixers(model)
+        self.model = model
+        self.kernels = kernels
+        self.own_attention = str(model.config._attn_implementation)
+        self.options = head_options(model.config)
+
+    def forward(
+        self,
+        batch: Batch,
+        layout: Layout,
+        *,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        aux: float = 0.0,
+        hidden: bool = False,
+        own_logits: bool = False,
+    ) -> dict[str, Tensor]:
+        """Fields of ``LogProbs``. A batch without trained positions gives zeros that still have a graph.
+
+        Args:
+            aux: coefficient of the router's balance loss; 0 leaves it out.
+            own_logits: compute the log-probs from the model's own logits, all T x V of them: the oracle of the
+                leak check.
+        """
+        self.use_attention(layout.attention)
+        rows = arrange(batch, layout, self.text_config, self.dtype)
+        if own_logits:
+            return {"logp_T": self._from_own_logits(batch, rows)}
+        out = documents.trunk(self.model)(
+            input_ids=rows.tokens_SL, use_cache=False, **rows.kwargs, **_router_logits(aux > 0)
+        )
+        hidden_RD = out.last_hidden_state.flatten(0, 1)
+        place_N = batch.trained_N if rows.place_T is None else rows.place_T[batch.trained_N]
+        logp_N, entropy_N = self._token_logps(hidden_RD[place_N], batch, temperature, entropy)
+        found = {"logp_T": _scatter(logp_N, batch)}
+        if entropy_N is not None:
+            found["entropy_T"] = _scatter(entropy_N.detach(), batch)
+        if aux:
+            found["aux"] = aux * balance_loss(self.model, out.router_logits, rows.real_SL, empty=not batch.lengths)
+        if hidden:
+            found["hidden_TD"] = hidden_RD if rows.place_T is None else hidden_RD[rows.place_T]
+        return found
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        return self.model.config.get_text_config()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the hidden states, as far as the embedding tells."""
+        embedding: Any = self.model.get_input_embeddings()
+        return embedding.weight.dtype
+
+    def use_attention(self, name: str) -> None:
+        """Switch transformers' attention implementation; generation wants ``own_attention``."""
+        if self.model.config._attn_implementation != name:
+            self.model.set_attn_implementation(name)
+
+    def _token_logps(
+        self, hidden_ND: Tensor, batch: Batch, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        weight_VD, bias_V, lora = head_parts(self.model.get_output_embeddings())
+        return token_logps(
+            hidden_ND,
+            weight_VD,
+            batch.target_T[batch.trained_N],
+            bias_V=bias_V,
+            temperature=temperature,
+            entropy=entropy,
+            lora=lora,
+            impl=self.kernels,
+            **self.options,
+        )
+
+    def _from_own_logits(self, batch: Batch, rows: Rows) -> Tensor:
+        logits_RV = self.model(input_ids=rows.tokens_SL, use_cache=False, **rows.kwargs).logits.flatten(0, 1)
+        place_N = batch.trained_N if rows.place_T is None else rows.place_T[batch.trained_N]
+        logp_NV = logits_RV[place_N].float().log_softmax(-1)
+        return _scatter(logp_NV.gather(-1, batch.target_T[batch.trained_N][:, None])[:, 0], batch)
+
+
+def _scatter(x_N: Tensor, batch: Batch) -> Tensor:
+    zeros_T = torch.zeros(batch.input_T.shape, dtype=torch.float32, device=batch.input_T.device)
+    return zeros_T.index_copy(0, batch.trained_N, x_N.float())
+
+
+def _router_logits(aux: bool) -> dict[str, bool]:
+    return {"output_router_logits": True} if aux else {}
+
+
+# What families do to logits after the head, by config field: fields whose value multiplies them, and divides them.
+# Two families give one name two meanings, so a family's own entry goes first. The leak check compares the result
+# with the model's own logits, so that a family missing here is refused and not quietly wrong.
+_MULTIPLY = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVIDE = ("logits_scaling", "logits_mup_width_multiplier")
+_MULTIPLY_BY_FAMILY = {"hyperclovax": ("logits_scaling",)}
+
+
+def head_options(config: PretrainedConfig) -> dict[str, float | None]:
+    """``scale`` and ``softcap`` of ``token_logps``: logits are softcap * tanh(scale * logits / softcap)."""
+    config = config.get_text_config()
+    multiply = _MULTIPLY_BY_FAMILY.get(config.model_type, _MULTIPLY)
+    divide = () if config.model_type in _MULTIPLY_BY_FAMILY else _DIVIDE
+    scale = 1.0
+    for name in multiply:
+        scale *= _number(config, name)
+    for name in divide:
+        scale /= _number(config, name)
+    return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
+
+
+def _number(config: PretrainedConfig, name: str) -> float:
+    value = getattr(config, name, None)
+    return 1.0 if value is None else float(value)
+
+
+def head_parts(head: Any) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, float] | None]:
+    """Weight [V, D], bias [V] and LoRA (A [r, D], B [V, r], scaling) of an output layer, peft-wrapped or plain.
+
+    Raises:
+        ModelError: an adapter on the head that log-probs cannot honour.
+    """
+    base = getattr(head, "base_layer", head)
+    active = [name for name in getattr(head, "active_adapters", ()) if name in getattr(head, "lora_A", ())]
+    if not active or getattr(head, "disable_adapters", False) or getattr(head, "merged", False):
+        return base.weight, base.bias, None
+    name: Any = active[0]
+    if len(active) > 1 or getattr(head, "use_dora", {}).get(name, False):
+        raise ModelError("the head's adapter must be one plain LoRA", where="adapter.targets", got=f"{active} (DoRA?)")
+    if head.training and not isinstance(head.lora_dropout[name], nn.Identity):
+        raise ModelError("LoRA dropout on the head is not supported", where="adapter.dropout", fix="set it to 0.0")
+    lora = (head.lora_A[name].weight, head.lora_B[name].weight, head.scaling[name])
+    return base.weight, base.bias, lora
+
+
+def balance_loss(
+    model: PreTrainedModel, router_logits: tuple[Tensor, ...], real_SL: Tensor | None, *, empty: bool
+) -> Tensor:
+    """The family's own load-balancing loss, a mean over real tokens, before its coefficient; 0 for a filler batch."""
+    function = balance_function(model)
+    if function is None:
+        raise ModelError(f"{type(model).__name__} has no load-balancing loss", fix="train without the router's loss")
+    mask_SL = None if empty else real_SL
+    loss = function(router_logits, model.num_experts, model.num_experts_per_tok, mask_SL)
+    return loss * 0.0 if empty else loss
+
+
+def balance_function(model: PreTrainedModel) -> Any | None:
+    """``load_balancing_loss_func`` of the model's family, if it has one and a way to use it."""
+    function = getattr(inspect.getmodule(type(model)), "load_balancing_loss_func", None)
+    return function if hasattr(model, "num_experts_per_tok") else None
