@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 import attrs
 import torch
@@ -20,11 +22,63 @@ from torch import Tensor
 
 from ft import dist
 from ft.errors import CapacityError
-from ft.train import guard, keep, optim, schedule, state, step
+from ft.io.runfolder import RunLock, claim, open_run
+from ft.recipe import Recipe, run_folder
+from ft.recipe.files import dump
+from ft.train import guard, keep, optim, schedule, setup, sinks, state, step
 from ft.train.evaluate import evaluate
+from ft.train.log import Log
 from ft.train.session import Progress, Session
 from ft.train.signals import Stop
-from ft.types import LossOutput
+from ft.types import Counts, LossOutput
+
+
+@frozen(kw_only=True)
+class Outcome:
+    """How a run ended: "done", "early" (no better for eval.patience evaluations) or "stopped" (asked to)."""
+
+    ended: str
+    folder: Path
+    step: int
+    best: float | None  # lowest held-out loss
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
+    """Run a recipe from its first step, or with ``resume`` from its newest checkpoint, to its end or a signal.
+
+    Started once per rank. Rows are prepared before the ranks join, so that none waits in a collective for them.
+
+    Raises:
+        FtError: whatever a user can mend, before the first step where it can be known by then.
+    """
+    folder, (rank, _) = run_folder(recipe), dist.rank_from_env()
+    with ExitStack() as stack:
+        stop = stack.enter_context(Stop())
+        if rank == 0:
+            claim(folder, resume=resume)
+            stack.enter_context(RunLock(folder))
+        log = stack.enter_context(Log(folder, main=rank == 0))
+        tokenizer, source = setup.tokenizer_of(recipe, log.notice)
+        config = setup.config_of(recipe, source, vocab=len(tokenizer))
+        rows, held_out = setup.rows_of(recipe, tokenizer, log.notice)
+        if rank == 0:
+            open_run(folder, resume=resume, recipe=dump(recipe), fingerprint=rows.fingerprint, claimed=True)
+        parallel = recipe.parallel
+        world = stack.enter_context(dist.launched(replicate=parallel.replicate, timeout=parallel.timeout))
+        run = setup.session(recipe, world, log, tokenizer, config, source, rows, held_out)
+        saved = keep.find(folder, world, log.notice) if resume else None
+        progress = keep.restore(run, saved) if saved else Progress()
+        trackers = sinks.make(
+            recipe.log.sinks, folder=folder, project=recipe.log.project, name=folder.name, notice=log.notice
+        )
+        log.start(setup.facts(run, rows), total=run.steps, step=progress.step, sinks=trackers)
+        ended = fit(run, progress, stop)
+        if ended != "stopped" and world.first:
+            log.notice(f"final weights: {keep.export(run, progress, tokenizer)}")
+        log.finish(ended)
+        if ended == "stopped" and world.first:
+            log.notice(f"saved at step {progress.step}; go on with: ft run {folder / 'recipe.json'} --resume")
+        return Outcome(ended=ended, folder=folder, step=progress.step, best=progress.best)
 
 
 @frozen(kw_only=True, eq=False)
@@ -110,9 +164,7 @@ def publish(run: Session, progress: Progress, window: Window, stop: Stop) -> boo
         )
     good = [d for d in window.done if d.step not in bad]
     seconds = time.perf_counter() - window.began
-    counts = {
-        f.name: sum(float(getattr(d.plan.counts, f.name)) for d in window.done) for f in attrs.fields(step.Counts)
-    }
+    counts = {f.name: sum(float(getattr(d.plan.counts, f.name)) for d in window.done) for f in attrs.fields(Counts)}
     forwarded = sum(float(d.plan.forwarded) for d in window.done)
     progress.tokens += int(counts["inputs"])
     numbers = {

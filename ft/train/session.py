@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ft.dist import World
+from ft.models.build import Built
 from ft.models.policy import Policy
 from ft.recipe import Recipe
 from ft.train.guard import GradientCheck, Watch
@@ -24,7 +25,7 @@ class Session:
     recipe: Recipe
     folder: Path
     world: World
-    policy: Policy
+    built: Built
     parameters: Mapping[str, nn.Parameter]  # the trained ones
     optimizer: Optimizer
     context: Context
@@ -33,6 +34,10 @@ class Session:
     log: Log
     watch: Watch
     gradients: GradientCheck
+
+    @property
+    def policy(self) -> Policy:
+        return self.built.policy
 
 
 @define(kw_only=True)

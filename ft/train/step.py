@@ -6,7 +6,7 @@ over the step, however it was split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
@@ -46,14 +46,13 @@ def plan(examples: Sequence[Example], method: Method, policy: Policy, world: Wor
 
 def add(a: LossOutput, b: LossOutput) -> LossOutput:
     """Shares add up; maxima are compared. The result is detached."""
-    return LossOutput(
-        loss=a.loss + b.loss.detach(),
-        sums={name: a.sums.get(name, 0) + b.sums.get(name, 0) for name in {**a.sums, **b.sums}},
-        maxes={
-            name: torch.stack([o.maxes[name] for o in (a, b) if name in o.maxes]).amax()
-            for name in {**a.maxes, **b.maxes}
-        },
-    )
+    sums = {name: torch.stack(_both(name, a.sums, b.sums)).sum(0) for name in {**a.sums, **b.sums}}
+    maxes = {name: torch.stack(_both(name, a.maxes, b.maxes)).amax(0) for name in {**a.maxes, **b.maxes}}
+    return LossOutput(loss=a.loss + b.loss.detach(), sums=sums, maxes=maxes)
+
+
+def _both(name: str, *trees: Mapping[str, Tensor]) -> list[Tensor]:
+    return [tree[name] for tree in trees if name in tree]
 
 
 def run(plan: Plan, method: Method, policy: Policy, world: World, *, backward: bool) -> LossOutput:

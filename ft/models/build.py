@@ -1,0 +1,169 @@
+"""From a recipe to a policy that can train: skeleton, 4-bit storage, adapters, sharding, weights, layout.
+
+The order matters. Nothing has memory before the model has its final shape and is sharded, so that a rank never
+holds more than its share and one tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from attrs import evolve, frozen
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ft.dist import World
+from ft.errors import ModelError, RecipeError
+from ft.io.adapter import load_adapter
+from ft.io.weights import ModelFolder, open_weights
+from ft.models import experts, leak, load, lora, quant, tiny
+from ft.models.policy import Policy, Scorer
+from ft.recipe import LoRA, Model, Parallel
+
+Say = Callable[[str], None]
+
+
+@frozen(kw_only=True, eq=False)
+class Built:
+    """A policy, what was adapted (None: full fine-tuning), and where its weights came from (None: random)."""
+
+    policy: Policy
+    attached: lora.Attached | None
+    folder: ModelFolder | None
+
+
+def plan_config(model: Model, folder: ModelFolder | None, *, vocab: int) -> PretrainedConfig:
+    """The config to build: the folder's; under ``tiny`` a shrunken one of the same architecture.
+
+    ``vocab`` is the tokenizer's size, which a tiny model gets.
+
+    Raises:
+        ModelError: there is no folder, and no family to make a tiny model of.
+    """
+    if folder is not None:
+        config = load.config_of(folder.path)
+        return tiny.shrink(config, vocab) if model.tiny else config
+    if model.family is None:
+        raise ModelError(
+            f"neither the model {model.id!r} nor its config is on this machine",
+            where="model.family",
+            fix="name the architecture for a rehearsal, such as model.family=qwen3_moe",
+        )
+    return tiny.shrink(tiny.config_by_family(model.family), vocab)
+
+
+def build(
+    model: Model,
+    adapter: LoRA | None,
+    config: PretrainedConfig,
+    folder: ModelFolder | None,
+    *,
+    world: World,
+    parallel: Parallel,
+    seed: int,
+    say: Say,
+) -> Built:
+    """Put the policy together on this rank.
+
+    Random weights and fresh adapters are functions of ``seed``, whatever the number of ranks.
+
+    Raises:
+        RecipeError: full fine-tuning of quantised weights.
+        ModelError: weights are missing or left over; no layout keeps sequences apart.
+    """
+    if adapter is None and model.quant is not None:
+        raise RecipeError(
+            "quantised weights cannot be trained",
+            where="model.quant",
+            fix="set model.quant=none, or train adapters: adapter=LoRA(...)",
+        )
+    net = load.skeleton(config, model if adapter else evolve(model, dtype="float32"))
+    if model.quant is not None:
+        quant.apply(net, quant.plan(net, model.quant), model.quant)
+    experts.use_ft_experts(net, model.kernels)
+    attached = lora.attach(net, adapter) if adapter else None
+    if adapter is None:
+        freeze(net, model.frozen)
+    if model.checkpointing:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+    scorer = Scorer(net, kernels=model.kernels).train()
+    compute = None if adapter else getattr(torch, model.dtype)
+    shard(scorer, world, parallel, compute)
+    if model.tiny or folder is None:
+        load.fill_random(scorer, seed, device=world.device)
+    else:
+        load.fill(scorer, open_weights(folder.path), device=world.device, where=str(folder.path))
+    if adapter:
+        start_adapter(net, adapter, seed)
+    wanted = None if model.attention == "auto" else model.attention
+    layout, report = leak.check(scorer, requested=model.layout, attention=wanted, device=world.device)
+    for line in report.lines():
+        say(line)
+    policy = Policy(scorer=scorer, config=config, layout=layout)
+    return Built(policy=policy, attached=attached, folder=folder)
+
+
+def freeze(net: nn.Module, ends: tuple[str, ...]) -> None:
+    """Full fine-tuning trains every floating parameter but those that the family keeps fixed or ``ends`` name."""
+    names = {name for name, p in net.named_parameters() if p.requires_grad}
+    for end in ends:
+        hit = {name for name in names if name == end or name.endswith("." + end)}
+        if not hit:
+            raise RecipeError(f"no trained parameter ends in {end!r}", where="model.frozen")
+        for name in hit:
+            net.get_parameter(name).requires_grad_(False)
+
+
+def start_adapter(net: nn.Module, adapter: LoRA, seed: int) -> None:
+    """Fresh factors (no change to the base), or those of a saved adapter."""
+    if adapter.init is None:
+        lora.init(net, seed)
+        return
+    tensors, config = load_adapter(adapter.init)
+    lora.load_state(net, tensors, config)
+
+
+def layers(net: nn.Module) -> Iterator[nn.Module]:
+    """The decoder layers: the members of the longest list of modules."""
+    lists = [m for m in net.modules() if isinstance(m, nn.ModuleList) and not isinstance(m, experts.ExpertLoRA)]
+    yield from max(lists, key=len, default=())
+
+
+def shard(scorer: Scorer, world: World, parallel: Parallel, compute: torch.dtype | None) -> None:
+    """FSDP2 over each decoder layer and the rest. Gradients are summed over ranks, never averaged.
+
+    ``compute``: float32 masters are gathered in this type for forward and backward (full fine-tuning). Adapters
+    compute in float32 beside frozen weights of any type, so nothing is cast there, least of all 4-bit scales. A
+    single rank leaves frozen weights out: there is nothing to gather, and no copy to pay for.
+    """
+    reduce_dtype = getattr(torch, parallel.reduce_dtype)
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce_dtype if world.size > 1 else None)
+    frozen_ones = {p for p in scorer.parameters() if not p.requires_grad} if world.size == 1 else set()
+    options: dict[str, Any] = {
+        "mesh": world.mesh if parallel.replicate > 1 else world.mesh["shard"],
+        "reshard_after_forward": parallel.reshard,
+        "ignored_params": frozen_ones,
+    }
+    if compute not in (None, torch.float32):
+        for module in keep_float32(scorer.model):
+            fully_shard(module, **options, mp_policy=MixedPrecisionPolicy())
+    for layer in layers(scorer.model):
+        fully_shard(layer, **options, mp_policy=policy)
+    fully_shard(scorer, **options, mp_policy=policy)
+    root: Any = scorer
+    root.set_gradient_divide_factor(1.0)
+    root.set_force_sum_reduction_for_comms(True)
+
+
+def keep_float32(net: PreTrainedModel) -> list[nn.Module]:
+    """Modules whose own parameters the family asks to keep in float32 whatever the rest computes in."""
+    patterns = [p.replace("*", ".*") for p in net._keep_in_fp32_modules_strict or ()]
+    return [
+        module
+        for path, module in net.named_modules()
+        if any(re.search(p, f"{path}.{leaf}") for p in patterns for leaf in module._parameters)
+    ]

@@ -1,0 +1,107 @@
+"""From a recipe to a session: tokenizer, rows, folder, policy, optimizer. What can fail cheaply comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ft.data.dataset import Prepared, prepare
+from ft.data.tokenizer import byte_tokenizer, load_tokenizer
+from ft.dist import World
+from ft.errors import FtError
+from ft.io.weights import ModelFolder, resolve
+from ft.models.build import build, plan_config
+from ft.recipe import Recipe, run_folder, total_steps
+from ft.train import optim
+from ft.train.guard import GradientCheck, Watch
+from ft.train.log import Log
+from ft.train.session import Session
+from ft.types import Context
+
+Say = Callable[[str], None]
+
+
+def tokenizer_of(recipe: Recipe, say: Say) -> tuple[Any, ModelFolder | None]:
+    """The model's tokenizer and folder. A rehearsal needs no weights, and goes on with bytes where there is nothing."""
+    model = recipe.model
+    try:
+        folder = resolve(model.id, model.revision, weights=not model.tiny)
+    except FtError:
+        if not model.tiny:
+            raise
+        say(f"rehearsal: {model.id} is not at hand, so a byte-level tokenizer with a ChatML template stands in")
+        return byte_tokenizer(), None
+    return load_tokenizer(folder.path, model.template), folder
+
+
+def rows_of(recipe: Recipe, tokenizer: Any, say: Say) -> tuple[Prepared, Prepared | None]:
+    """Training rows and held-out rows, tokenised."""
+    data = recipe.data
+    if recipe.model.tiny and data.rehearsal and data.train == data.rehearsal:
+        say(f"rehearsal: training on {', '.join(s.path for s in data.rehearsal)}, not on the recipe's own rows")
+    quarantine = run_folder(recipe) / "bad_rows.jsonl"
+    train = prepare(data.train, data, tokenizer, quarantine=quarantine, announce=say)
+    held_out = prepare(data.eval, data, tokenizer, quarantine=quarantine, announce=say) if data.eval else None
+    return train, held_out
+
+
+def config_of(recipe: Recipe, folder: ModelFolder | None, *, vocab: int) -> PretrainedConfig:
+    """The config to build, once it is known that this machine can hold the model."""
+    return plan_config(recipe.model, folder, vocab=vocab)
+
+
+def facts(run: Session, rows: Prepared) -> dict[str, object]:
+    """What a run says of itself before its first step."""
+    net = run.policy.scorer.model
+    trained = sum(p.numel() for p in run.parameters.values())
+    total = sum(p.numel() for p in net.parameters())
+    return {
+        "model": f"{run.recipe.model.id} ({type(net).__name__})",
+        "trained": f"{trained:,} parameters in {len(run.parameters):,} tensors, of {total:,}",
+        "rows": f"{rows.per_epoch:,} per epoch",
+        "steps": f"{run.steps:,} of {run.recipe.batch.examples} rows",
+        "ranks": f"{run.world.size} on {run.world.device.type}",
+        "layout": str(run.policy.layout),
+        "folder": str(run.folder),
+    }
+
+
+def session(
+    recipe: Recipe,
+    world: World,
+    log: Log,
+    tokenizer: Any,
+    config: PretrainedConfig,
+    folder: ModelFolder | None,
+    train: Prepared,
+    held_out: Prepared | None,
+) -> Session:
+    """Build the policy and what trains it. Every rank calls it."""
+    built = build(
+        recipe.model,
+        recipe.adapter,
+        config,
+        folder,
+        world=world,
+        parallel=recipe.parallel,
+        seed=recipe.seed,
+        say=log.notice,
+    )
+    parameters = optim.trained(built.policy.scorer.model)
+    place = run_folder(recipe)
+    return Session(
+        recipe=recipe,
+        folder=place,
+        world=world,
+        built=built,
+        parameters=parameters,
+        optimizer=optim.make(parameters, recipe.optim),
+        context=Context(data=train, examples=recipe.batch.examples, seed=recipe.seed, tokenizer=tokenizer),
+        held_out=held_out,
+        steps=total_steps(recipe, train.per_epoch),
+        log=log,
+        watch=Watch(folder=place / "bad_batches", patience=recipe.log.patience, world=world),
+        gradients=GradientCheck(parameters),
+    )
