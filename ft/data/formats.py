@@ -12,7 +12,8 @@
 | `text`          | text                                             | Text                                           |
 
 `auto` takes the first format of `_SIGNS` whose columns are there; a column that is null counts as absent. Columns
-that no format names are ignored, so that files may carry ids and notes.
+that no format names are ignored, so that files may carry ids and notes. A list may be written as a JSON string, as
+csv must.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 from attrs import frozen
 
 from ft.data.messages import Conversation, Message, read_messages, read_tools
-from ft.data.place import fail, shown, text
+from ft.data.place import fail, parsed, shown, text
 from ft.recipe.parts import Format
 
 __all__ = ["Conversation", "Message", "Segments", "Text", "Tokens", "Value", "convert", "detect", "rename"]
@@ -190,8 +191,9 @@ def _alpaca(row: Mapping[str, Any], source: str) -> Conversation:
 
 
 def _history(value: Any, source: str) -> list[tuple[str, str]]:
-    if value is None:
+    if value is None or value == "":
         return []
+    value = parsed(value, source, "history")
     if not isinstance(value, (list, tuple)):
         raise fail(source, "this must be a list", path="history", expected="a list of pairs", got=shown(value))
     pairs = []
@@ -232,7 +234,7 @@ def _prompt(row: Mapping[str, Any], source: str) -> Segments | Conversation:
 
 def _segments(row: Mapping[str, Any], source: str) -> Segments:
     """[{text | content, train | label}]; the mask of each stretch must be said."""
-    value = _column(row, "segments", source, "a list of {text, train}")
+    value = parsed(_column(row, "segments", source, "a list of {text, train}"), source, "segments")
     if not isinstance(value, (list, tuple)) or not value:
         raise fail(
             source,
@@ -312,6 +314,7 @@ def _token_mask(row: Mapping[str, Any], ids: np.ndarray, source: str) -> np.ndar
 
 
 def _integers(value: Any, source: str, path: str, length: int | None = None) -> np.ndarray:
+    value = parsed(value, source, path)
     if not isinstance(value, (list, tuple)) or not {type(item) for item in value} <= {int}:
         raise fail(source, "this must be a list of integers", path=path, expected="a list of integers",
                    got=shown(value))  # fmt: skip
@@ -324,6 +327,7 @@ def _integers(value: Any, source: str, path: str, length: int | None = None) -> 
 
 def _flags(value: Any, length: int, source: str, path: str) -> np.ndarray:
     """A list of 0 and 1, or of false and true."""
+    value = parsed(value, source, path)
     if not isinstance(value, (list, tuple)) or any(
         type(item) not in (bool, int) or item not in (0, 1) for item in value
     ):

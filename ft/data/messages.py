@@ -12,10 +12,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import msgspec
 from attrs import field, frozen
 
-from ft.data.place import fail, shown, text
+from ft.data.place import fail, parsed, shown, text
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT = {
@@ -80,8 +79,8 @@ def _call_as_dict(call: Mapping[str, Any], arguments: str) -> dict[str, Any]:
 
 
 def read_messages(value: Any, source: str, path: str, *, train: bool | None = None) -> tuple[Message, ...]:
-    """The messages of a column; ``train`` stands where a message says nothing of it."""
-    value = _parsed(value, source, path)
+    """The messages of a column. ``train`` False trains none of them; True the assistant's that do not say otherwise."""
+    value = parsed(value, source, path)
     if not isinstance(value, (list, tuple)):
         raise fail(source, "this must be a list", path=path, expected="a list of messages", got=shown(value))
     if not value:
@@ -108,7 +107,7 @@ def _message(item: Any, source: str, path: str, train: bool | None) -> Message:
         tool_calls=calls,
         name=_optional(item, "name", source, path),
         tool_call_id=_optional(item, "tool_call_id", source, path),
-        train=_train(item, source, path, train),
+        train=_train(item, source, path, None if train and role != "assistant" else train),
         extra={key: kept for key, kept in item.items() if key not in _KNOWN and kept is not None},
     )
 
@@ -173,9 +172,9 @@ def _train(item: Mapping[str, Any], source: str, path: str, default: bool | None
 def _calls(item: Mapping[str, Any], said: Any, body: str, source: str, path: str) -> tuple[dict[str, Any], ...]:
     """`tool_calls`, or the one call of `function_call`, or a ShareGPT turn that is a call."""
     if said == "function_call":
-        key, value = body, _parsed(item.get(body), source, f"{path}.{body}", needed=True)
+        key, value = body, parsed(item.get(body), source, f"{path}.{body}", needed=True)
     elif item.get("tool_calls") is not None:
-        key, value = "tool_calls", _parsed(item["tool_calls"], source, f"{path}.tool_calls")
+        key, value = "tool_calls", parsed(item["tool_calls"], source, f"{path}.tool_calls")
     elif item.get("function_call") is not None:
         key, value = "function_call", [item["function_call"]]
     else:
@@ -198,12 +197,14 @@ def _call(call: Any, source: str, path: str) -> dict[str, Any]:
             got=shown(call),
         )
     held = function.get("arguments")
-    arguments = {} if held in (None, "") else _parsed(held, source, f"{path}.arguments", needed=True)
+    arguments = {} if held in (None, "") else parsed(held, source, f"{path}.arguments", needed=True)
     if not isinstance(arguments, Mapping):
         raise fail(source, "arguments must be an object", path=f"{path}.arguments",
                    expected="an object, or an object as a JSON string", got=shown(held))  # fmt: skip
-    outer = {key: kept for key, kept in call.items() if key != "function" and kept is not None}
-    outer = outer if "function" in call else {key: outer[key] for key in ("id",) if key in outer}
+    outer = {key: kept for key, kept in call.items() if kept is not None and key != "function"}
+    if function is call:  # flat: name and arguments stand beside the id
+        outer = {key: outer[key] for key in ("id",) if key in outer}
+        function = {key: kept for key, kept in call.items() if key not in ("id", "type")}
     return {**outer, "type": "function", "function": {**function, "arguments": dict(arguments)}}
 
 
@@ -211,14 +212,14 @@ def read_tools(value: Any, source: str, path: str) -> tuple[dict[str, Any], ...]
     """Tools in OpenAI's form; a JSON string is parsed, a bare {"name", ...} is wrapped, nothing is no tools."""
     if value in (None, ""):
         return ()
-    value = _parsed(value, source, path, needed=True)
+    value = parsed(value, source, path, needed=True)
     if not isinstance(value, (list, tuple)):
         raise fail(source, "this must be a list", path=path, expected="a list of tools", got=shown(value))
     return tuple(_tool(tool, source, f"{path}[{i}]") for i, tool in enumerate(value))
 
 
 def _tool(tool: Any, source: str, path: str) -> dict[str, Any]:
-    tool = _parsed(tool, source, path)
+    tool = parsed(tool, source, path)
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise fail(
@@ -229,15 +230,3 @@ def _tool(tool: Any, source: str, path: str) -> dict[str, Any]:
             got=shown(tool),
         )
     return dict(tool) if "function" in tool else {"type": "function", "function": dict(function)}
-
-
-def _parsed(value: Any, source: str, path: str, *, needed: bool = False) -> Any:
-    """A string that is JSON as what it says; other values as they are. ``needed``: a string must be JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return msgspec.json.decode(value)
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        if not needed:
-            return value
-        raise fail(source, f"not JSON: {error}", path=path, expected="JSON", got=shown(value)) from None

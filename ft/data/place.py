@@ -1,9 +1,11 @@
-"""What an error about a row says of the place and of the value that stood there; and the check of a text."""
+"""What an error about a row says of the place and of the value that stood there; checks that all formats share."""
 
 from __future__ import annotations
 
 import reprlib
 from typing import Any
+
+import msgspec
 
 from ft.errors import DataError
 
@@ -59,3 +61,15 @@ def _encodable(value: str, source: str, path: str) -> None:
             expected="text that UTF-8 can hold",
             got=f"{value[error.start]!a} at character {error.start}",
         ) from None
+
+
+def parsed(value: Any, source: str, path: str, *, needed: bool = False) -> Any:
+    """A string that is JSON as what it says; other values as they are. ``needed``: a string must be JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        if not needed:
+            return value
+        raise fail(source, f"not JSON: {error}", path=path, expected="JSON", got=shown(value)) from None
