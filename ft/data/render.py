@@ -1,0 +1,227 @@
+"""Values into examples: the one path from text to tokens, for training, evaluation and prompts.
+
+The texts of a chunk of rows go through one call of the tokenizer, which uses all cores. Shapes: L tokens of a row.
+
+- Conversation: through the chat template; which writes all special tokens itself, so none are added.
+- Text, and Segments that are ``whole`` (prompt and completion): what the tokenizer puts before a text (BOS) is put
+  before it, and EOS after it where `Data.append_eos` says so; neither if it is there already.
+- other Segments: literal; nothing is added.
+- Tokens: as they are.
+
+Segments are tokenised each by itself, so that a token never spans a border and a prompt's tokens are those of
+sampling. Tokenizers that begin every text with a space of their own cannot do that without adding spaces: there
+the joined text is tokenised at once.
+
+Masks are made from positions in the text, never from token ids. A token is trained only if all of its characters
+lie in a trained span.
+"""
+
+from __future__ import annotations
+
+import warnings
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from attrs import frozen
+
+from ft.data.formats import Segments, Text, Tokens, Value
+from ft.data.masks import mark
+from ft.data.messages import Conversation
+from ft.data.template import REFUSALS, Span, Template, chat_of, make_template, refused, render_text
+from ft.errors import DataError
+from ft.recipe.parts import Data
+from ft.types import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LOST = (
+    "the chat template leaves the reasoning_content of trained messages out of what is trained (templates often drop "
+    'it from earlier turns): such turns teach to answer without it; data.mask="last" trains the last turn only'
+)
+
+
+@frozen(kw_only=True)
+class _Frame:
+    """Ids put before and after a document."""
+
+    head: tuple[int, ...] = ()
+    tail: tuple[int, ...] = ()
+
+
+_BARE = _Frame()
+
+
+@frozen(kw_only=True)
+class _Plan:
+    """A row before it is tokenised: texts, each with its trained spans."""
+
+    texts: tuple[tuple[str, tuple[Span, ...]], ...]
+    frame: _Frame = _BARE
+    train_head: bool = False
+
+
+def render(rows: Sequence[tuple[Value, str]], tokenizer: PreTrainedTokenizerBase, data: Data) -> list[Example]:
+    """An example for each (value, source), in order. Lengths are not looked at.
+
+    Raises:
+        DataError: the chat template refuses a row, or does not prove its mask; a row begins with two BOS tokens;
+            `Data.append_eos` where there is no end-of-sequence token.
+    """
+    plans = list(_plans(rows, tokenizer, data))
+    texts = [text for plan in plans if isinstance(plan, _Plan) for text, _ in plan.texts]
+    encodings = iter(_encode(tokenizer, texts))
+    examples = []
+    for plan, (_, source) in zip(plans, rows, strict=True):
+        tokens_L, mask_L = _assemble(plan, encodings) if isinstance(plan, _Plan) else _literal(plan)
+        examples.append(Example(tokens_L=tokens_L, mask_L=mask_L, source=source))
+    _check_bos(examples, tokenizer)
+    return examples
+
+
+def prompt(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, *, thinking: bool | None = None, source: str = ""
+) -> np.ndarray:
+    """tokens_L of a conversation and the header of the assistant's next turn: what sampling goes on from."""
+    template = make_template(tokenizer, tools=bool(conversation.tools), thinking=thinking)
+    try:
+        text = render_text(template, chat_of(template, conversation), tools=conversation.tools, prompt=True)
+    except REFUSALS as error:
+        raise refused(error, source) from error
+    return np.array(_encode(tokenizer, [text])[0].ids, np.int32)
+
+
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
+    backend = tokenizer.backend_tokenizer
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.truncation is not None:
+        backend.no_truncation()
+    return backend.encode_batch(texts, add_special_tokens=False)
+
+
+def _plans(rows: Sequence[tuple[Value, str]], tokenizer: Any, data: Data) -> Iterator[_Plan | Tokens]:
+    templates: dict[bool, Template] = {}
+    frame = _frame(tokenizer, data) if any(_is_document(value) for value, _ in rows) else _BARE
+    apart = _begins_clean(tokenizer) if any(isinstance(value, Segments) for value, _ in rows) else True
+    for value, source in rows:
+        if isinstance(value, Conversation):
+            tools = bool(value.tools)
+            if tools not in templates:
+                templates[tools] = make_template(tokenizer, tools=tools, thinking=data.thinking)
+            yield _chat(value, source, templates[tools], data)
+        elif isinstance(value, Text):
+            yield _Plan(texts=((value.text, ((0, len(value.text)),)),), frame=frame, train_head=True)
+        elif isinstance(value, Segments):
+            parts = value.parts if not (value.whole and data.mask == "all") else [(s, True) for s, _ in value.parts]
+            yield _Plan(texts=_stretches(parts, apart), frame=frame if value.whole else _BARE)
+        else:
+            yield value
+
+
+def _is_document(value: Value) -> bool:
+    return isinstance(value, Text) or (isinstance(value, Segments) and value.whole)
+
+
+def _chat(conversation: Conversation, source: str, template: Template, data: Data) -> _Plan:
+    marked = mark(template, conversation, mask=data.mask, end_of_turn=data.end_of_turn, source=source)
+    if marked.lost:
+        warnings.warn(_LOST, stacklevel=2)
+    return _Plan(texts=((marked.text, marked.spans),))
+
+
+def _stretches(parts: Sequence[tuple[str, bool]], apart: bool) -> tuple[tuple[str, tuple[Span, ...]], ...]:
+    if apart:
+        return tuple((text, ((0, len(text)),) if train else ()) for text, train in parts if text)
+    spans, at = [], 0
+    for text, train in parts:
+        spans += [(at, at + len(text))] if train else []
+        at += len(text)
+    return (("".join(text for text, _ in parts), tuple(spans)),)
+
+
+def _frame(tokenizer: Any, data: Data) -> _Frame:
+    """What the tokenizer puts before a text; and EOS, where wanted, whether it would add one or not."""
+    encoding = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
+    added = encoding.special_tokens_mask
+    head = encoding.ids[: added.index(0)] if 0 in added else []
+    if not data.append_eos:
+        return _Frame(head=tuple(head))
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "the tokenizer has no end-of-sequence token to end documents with",
+            where="data.append_eos",
+            expected="an eos_token in tokenizer_config.json",
+            fix="name one there, or set data.append_eos=False",
+        )
+    return _Frame(head=tuple(head), tail=(int(tokenizer.eos_token_id),))
+
+
+def _begins_clean(tokenizer: Any) -> bool:
+    """Whether a text's tokens begin with that text, and with no space of the tokenizer's own."""
+    a, b = _encode(tokenizer, ["a", "b"])
+    return tokenizer.backend_tokenizer.decode(a.ids + b.ids, skip_special_tokens=False) == "ab"
+
+
+def _literal(value: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    mask_L = np.ones(len(value.input_ids), bool) if value.mask is None else value.mask
+    return value.input_ids, mask_L
+
+
+def _assemble(plan: _Plan, encodings: Iterator[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """tokens_L, mask_L of a row: its stretches end to end, in their frame."""
+    parts = [_stretch(next(encodings), len(text), spans) for text, spans in plan.texts]
+    tokens_L = np.concatenate([tokens for tokens, _ in parts]) if parts else np.zeros(0, np.int32)
+    mask_L = np.concatenate([mask for _, mask in parts]) if parts else np.zeros(0, bool)
+    return (tokens_L, mask_L) if plan.frame == _BARE else _framed(plan, tokens_L, mask_L)
+
+
+def _framed(plan: _Plan, tokens_L: np.ndarray, mask_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    head, tail = plan.frame.head, plan.frame.tail
+    head = () if tuple(tokens_L[: len(head)]) == head else head
+    tail = () if tail and tuple(tokens_L[-len(tail) :]) == tail else tail
+    tokens_L = np.concatenate([np.array(head, np.int32), tokens_L, np.array(tail, np.int32)])
+    mask_L = np.concatenate([np.full(len(head), plan.train_head), mask_L, np.ones(len(tail), bool)])
+    return tokens_L, mask_L
+
+
+def _stretch(encoding: Any, characters: int, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
+    tokens_L = np.array(encoding.ids, np.int32)
+    mask_L = np.zeros(len(tokens_L), bool)
+    for start, end in spans:
+        if (start, end) == (0, characters):
+            mask_L[:] = True
+        else:
+            mask_L[_first(encoding, len(tokens_L), start) : _past(encoding, len(tokens_L), end)] = True
+    return tokens_L, mask_L
+
+
+def _first(encoding: Any, n: int, start: int) -> int:
+    """The first of n tokens with no character before ``start``.
+
+    Some tokenizers leave a token's leading space out of its offsets: characters that no token claims count as the
+    next one's. Places are asked for one by one, in a bisection: making a list of all of them takes a fifth of the
+    time of tokenising.
+    """
+    token = bisect_left(range(n), start, key=lambda t: encoding.token_to_chars(t)[0])
+    claimed = encoding.token_to_chars(token - 1)[1] if token else 0
+    return token + 1 if claimed < start else token
+
+
+def _past(encoding: Any, n: int, end: int) -> int:
+    """How many of n tokens have no character from ``end`` on."""
+    return bisect_right(range(n), end, key=lambda t: encoding.token_to_chars(t)[1])
+
+
+def _check_bos(examples: Sequence[Example], tokenizer: Any) -> None:
+    bos = tokenizer.bos_token_id
+    for example in examples:
+        if bos is not None and len(example) > 1 and example.tokens_L[0] == example.tokens_L[1] == bos:
+            raise DataError(
+                f"this row begins with two {tokenizer.bos_token!r}",
+                where=example.source,
+                expected="at most one beginning-of-sequence token",
+                fix="take it out of the row's text, or out of the chat template",
+            )
