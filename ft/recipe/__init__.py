@@ -1,5 +1,7 @@
 """Recipes: typed values in Python files, overridden by ``a.b=v``, kept as JSON."""
 
+from ft.recipe.files import dump, dumps, load, restore
+from ft.recipe.override import override
 from ft.recipe.parts import (
     NF4,
     WSD,
@@ -43,7 +45,12 @@ __all__ = [
     "Recipe",
     "Save",
     "Source",
+    "dump",
+    "dumps",
+    "load",
+    "override",
     "rehearse",
+    "restore",
     "run_folder",
     "total_steps",
 ]
