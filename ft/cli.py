@@ -1,7 +1,7 @@
 """The command line: names, options and exit statuses. What the commands do stands in the rooms below.
 
 Status 0: done, or go. 1: something unforeseen; its traceback lies in a file. 2: something the user can mend, or
-no-go. 130: interrupted. Nothing here imports torch before a command needs it.
+no-go. 130: interrupted; `ft run` has saved and said how to go on. Nothing here imports torch before a command needs it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def run(
         _announce(resolve(recipe, words), resolved)
     from ft.train.loop import train
 
-    train(resolved, resume=resume)
+    if train(resolved, resume=resume).ended == "stopped":
+        raise typer.Exit(130)
 
 
 @app.command(context_settings=_OVERRIDES)

@@ -61,7 +61,12 @@ def fake(monkeypatch: pytest.MonkeyPatch, module: str, name: str, function: Any)
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, bool]]:
     """What ``train`` was called with."""
     calls: list[tuple[Recipe, bool]] = []
-    fake(monkeypatch, "ft.train.loop", "train", lambda recipe, *, resume: calls.append((recipe, resume)))
+
+    def train(recipe: Recipe, *, resume: bool) -> SimpleNamespace:
+        calls.append((recipe, resume))
+        return SimpleNamespace(ended="done")
+
+    fake(monkeypatch, "ft.train.loop", "train", train)
     return calls
 
 
@@ -212,6 +217,8 @@ def test_a_recipe_json_repeats_its_run_in_a_new_folder(ft: Callable[..., SimpleN
 
 
 def test_a_recipe_json_resumes_where_it_lies(ft: Callable[..., SimpleNamespace], trained: Any, kept: Path):
+    ft("run", str(kept), "--resume")
+    assert trained.pop() == (load(kept), True), "unchanged where the folder is the recipe's own"
     Path("runs/x").rename("moved")
     ft("run", "moved/recipe.json", "--resume")
     assert trained[0][0].save.dir == Path("moved") and trained[0][1]
@@ -296,6 +303,13 @@ def test_ctrl_c_is_status_130(ft: Callable[..., SimpleNamespace], monkeypatch: p
         raise KeyboardInterrupt
 
     fake(monkeypatch, "ft.train.loop", "train", interrupted)
+    assert ft("run", "x.py").status == 130
+
+
+def test_a_run_that_was_asked_to_stop_is_status_130(
+    ft: Callable[..., SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+):
+    fake(monkeypatch, "ft.train.loop", "train", lambda recipe, *, resume: SimpleNamespace(ended="stopped"))
     assert ft("run", "x.py").status == 130
 
 

@@ -50,7 +50,10 @@ def folder_override(path: Path, words: Sequence[str], *, tiny: bool, resume: boo
     if path.suffix != ".json" or "save.dir" in dict(pairs(words)):
         return []
     if resume:
-        return [f"save.dir={path.parent}"] if path.name == "recipe.json" else []
+        moved = (
+            path.name == "recipe.json" and run_folder(override(load(path), words)).resolve() != path.parent.resolve()
+        )
+        return [f"save.dir={path.parent}"] if moved else []
     if ranks > 1:
         raise RecipeError("which folder repeats this run?", where=str(path), fix="add save.dir=runs/<new name>")
     recipe = resolve(path, words)
