@@ -153,6 +153,14 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert "weights" in checkpoint.load(path) and "other" not in checkpoint.load(path)
 
 
+def test_documents_lie_beside_the_weights_and_are_checked(tmp_path):
+    path = checkpoint.save(tmp_path, 1, {}, {}, documents={"adapter_config": {"r": 8}})
+    assert json.loads((path / "adapter_config.json").read_text()) == {"r": 8}
+    (path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        checkpoint.load(path)
+
+
 def test_nothing_saved_is_none(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     assert checkpoint.latest(tmp_path / "absent") is None
@@ -289,7 +297,7 @@ def test_kill_at_random_moments_leaves_a_whole_checkpoint(tmp_path):
     rng = random.Random(0)
     save(tmp_path, 1)
     last = 1
-    for _ in range(30):
+    for _ in range(24):
         child = CONTEXT.Process(target=save_for_ever, args=(tmp_path, 2))
         child.start()
         reached = last

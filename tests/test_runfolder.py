@@ -180,9 +180,15 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_what_an_attempt_leaves_that_failed_on_its_data_is_no_obstacle(tmp_path):
+    for name in ("run.lock", "bad_rows.jsonl", "ft-error-20260101-000000.log", "recipe.json.tmp-77"):
+        (tmp_path / name).write_text("")
+    assert begin(tmp_path)[0].attempt == 1
+
+
 def test_what_a_run_writes_between_claim_and_opening_is_its_own(tmp_path):
     claim(tmp_path, resume=False)
-    (tmp_path / "bad_rows.jsonl").write_text("")
+    (tmp_path / "anything").write_text("")
     assert open_run(tmp_path, resume=False, recipe=RECIPE, fingerprint="f", claimed=True).attempt == 1
 
 

@@ -67,6 +67,7 @@ def save(
     files: Mapping[str, Iterable[Entry]],
     meta: Mapping[str, Any],
     *,
+    documents: Mapping[str, Any] | None = None,
     keep: int = 2,
     best: int | None = None,
     writer: bool = True,
@@ -79,6 +80,7 @@ def save(
     Args:
         files: file stem -> its tensors. Tensors are fetched one at a time, in the same order on every rank.
         meta: JSON values. Non-finite floats are kept in Python's spelling (NaN, Infinity).
+        documents: further JSON files, name -> value, such as the config another library wants beside the weights.
         best: the best step so far, which may be this one; None keeps what best.json says.
         writer: True on one rank. The others take part in the gathers and write nothing.
 
@@ -87,7 +89,8 @@ def save(
             behind, and earlier checkpoints are as they were.
     """
     files = {stem: in_order(items) for stem, items in files.items()}
-    text = json_text(dict(meta))  # on every rank: what cannot be JSON must stop all of them
+    texts = {META: json_text(dict(meta))}  # on every rank: what cannot be JSON must stop all of them
+    texts |= {f"{name}.json": json_text(value) for name, value in (documents or {}).items()}
     target = run / f"step-{step:06d}"
     if not writer:
         for items in files.values():
@@ -95,7 +98,7 @@ def save(
         return target
     temporary = run / f"{target.name}.tmp-{secrets.token_hex(4)}"
     try:
-        _write(temporary, step, files, text)
+        _write(temporary, step, files, texts)
         _publish(temporary, target)
         if best is not None:
             write_json_atomic(run / BEST, {"step": best, "checkpoint": f"step-{best:06d}"})
@@ -108,13 +111,14 @@ def save(
     return target
 
 
-def _write(folder: Path, step: int, files: Mapping[str, list[Entry]], meta: bytes) -> None:
+def _write(folder: Path, step: int, files: Mapping[str, list[Entry]], texts: Mapping[str, bytes]) -> None:
     """All files of a checkpoint, manifest last. A failing disk does not keep the other ranks' gathers waiting."""
     rest = iter(files.items())
     written: dict[str, Written] = {}
     try:
         folder.mkdir(parents=True)
-        written[META] = write_file(folder / META, [meta])
+        for name, text in texts.items():
+            written[name] = write_file(folder / name, [text])
         for stem, items in rest:
             name = f"{stem}.safetensors"
             written[name] = write_tensors(folder / name, items)

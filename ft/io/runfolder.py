@@ -111,7 +111,7 @@ def has_checkpoints(folder: Path) -> bool:
 
 
 def _strangers(folder: Path) -> list[str]:
-    known = (LOCK, RECIPE, RUN)  # of an attempt that was killed while it wrote the first of them
+    known = (LOCK, RECIPE, RUN, "bad_rows.jsonl", "ft-error-")  # of an attempt that ended before it began
     return sorted(p.name for p in folder.iterdir() if not p.name.startswith(known)) if folder.is_dir() else []
 
 
