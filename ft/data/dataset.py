@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ class Prepared:
         span = slice(int(a.offsets_N1[i]), int(a.offsets_N1[i + 1]))
         source = f"{self.places[a.file_N[i]]}{a.number_N[i]}"
         return Example(tokens_L=a.tokens_T[span], mask_L=a.mask_T[span], source=source)
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(self.__getitem__, range(len(self)))
 
     def draw(self, step: int, n: int, seed: int) -> list[Example]:
         """The ``n`` examples of ``step`` (from 0) over all ranks: a function of its arguments alone."""

@@ -110,4 +110,4 @@ def _row(place: str, value: Any) -> Row:
     try:
         return Row(jsons.decode(value, place), place)
     except DataError as error:
-        return Row(value.decode(errors="replace"), place, error)
+        return Row(value.decode(errors="replace").rstrip("\r\n"), place, error)
