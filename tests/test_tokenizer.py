@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ft.data.tokenizer import byte_tokenizer, load_tokenizer
@@ -26,10 +26,12 @@ def test_ids_are_bytes():
 
 @settings(max_examples=200, deadline=None)
 @given(st.text())
+@example("<think>é<|im_end|>")
 def test_any_text_survives(words):
     ids = TOKENIZER.encode(words, add_special_tokens=False)
     assert TOKENIZER.decode(ids) == words
-    assert ids == list(words.encode())
+    if "<" not in words:
+        assert ids == list(words.encode())
 
 
 def test_template_by_hand():
