@@ -26,7 +26,7 @@ from ft.io.stream import Entry, entries
 
 # Children are forked from a small server that has imported torch once, so that killing dozens of them is quick.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "numpy", "ft.io.checkpoint"])
+CONTEXT.set_forkserver_preload(["pytest", "safetensors.torch", "ft.io.checkpoint"])
 
 
 def content(step: int) -> dict[str, dict[str, Tensor]]:
