@@ -298,6 +298,8 @@ def test_a_file_of_bad_rows_stops_early(tmp_path: Path):
 def test_missing_files_and_data_errors_pass_through(tmp_path: Path):
     with pytest.raises(MissingFileError):
         ready(str(tmp_path / "none.jsonl"), cache=tmp_path / "cache")
+    with pytest.raises(RecipeError, match="no source of rows"):
+        ready(())
 
 
 # --- cache -----------------------------------------------------------------------------------------------------------

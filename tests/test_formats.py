@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 import numpy as np
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ft.data.formats import Conversation, Message, Segments, Text, Tokens, convert, detect
 from ft.data.messages import as_dict
 from ft.errors import DataError
+from ft.recipe.parts import Format
 
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -232,10 +233,10 @@ NEARLY = st.recursive(
 
 
 @settings(max_examples=400, deadline=None)
-@given(JSON | st.dictionaries(st.sampled_from(NAMES), NEARLY, max_size=5))
-def test_any_json_value_is_a_value_or_a_data_error(row: Any):
+@given(JSON | st.dictionaries(st.sampled_from(NAMES), NEARLY, max_size=5), st.sampled_from(get_args(Format)))
+def test_any_json_value_is_a_value_or_a_data_error(row: Any, format: Format):
     try:
-        value = read(row)
+        value = read(row, format=format)
     except DataError as problem:
         assert problem.where.startswith("train.jsonl:17")
     else:

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ft.data import hub
 from ft.data.rows import digests, places, read
@@ -110,6 +112,24 @@ def test_broken_json_names_line_column_and_the_text_around(tmp_path: Path, line:
     assert broken.error.where == f"{path}:3"
     assert problem in broken.error.problem
     assert broken.error.got == around
+
+
+PIECES = st.sampled_from(
+    [b"{", b"}", b"[", b"]", b'"', b"\\", b":", b",", b"\n", b"1", b"\xff", b"\r", b'"a"', b"null"]
+)
+BYTES = st.lists(PIECES | st.binary(max_size=3), max_size=20).map(b"".join)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(BYTES, st.sampled_from(["x.jsonl", "x.json", "x.csv", "x.jsonl.gz", "x.jsonl.zst", "x.parquet"]))
+def test_any_bytes_are_rows_or_a_data_error(tmp_path: Path, content: bytes, name: str):
+    path = write(tmp_path / name, content)
+    try:
+        rows = list(read(Source(path=path)))
+    except DataError as problem:
+        assert path in problem.where
+    else:
+        assert rows and all(row.error is None or row.error.where == row.source for row in rows)
 
 
 def test_an_object_over_many_lines_gets_the_remedy(tmp_path: Path):

@@ -75,6 +75,8 @@ def prepare(
         MissingFileError: a file is missing.
         RecipeError: a split or a weight selects nothing; quarantine without a place for it.
     """
+    if not sources:
+        raise RecipeError("no source of rows", where="data", expected="at least one path", got="none")
     if data.on_bad_row == "quarantine" and quarantine is None:
         raise RecipeError("nowhere to put malformed rows", where="data.on_bad_row", expected="raise or skip here",
                           got="quarantine")  # fmt: skip
