@@ -1,7 +1,7 @@
 """Checkpoints: folders of safetensors and JSON that are whole or absent, whenever the process is killed.
 
     run/step-000100/
-        weights.safetensors  optimizer.safetensors  rng.safetensors   one file per stem, whole tensors
+        weights.safetensors  optimizer.safetensors   one file per stem, whole tensors
         meta.json            what the loop keeps besides tensors
         manifest.json        bytes and SHA-256 of each file; written last
     run/best.json            the step that no retention removes
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import secrets
 import shutil
@@ -23,10 +22,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from attrs import frozen
-from torch import Tensor
 
 from ft.errors import CapacityError, CheckpointError
 from ft.io.files import Written, file_sha256, json_text, sync_folder, write_file, write_json_atomic
@@ -331,37 +327,3 @@ def _whole(path: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-# --- random state
-
-
-def rng_state() -> dict[str, Tensor]:
-    """This rank's generators as CPU tensors of fixed shapes: torch, numpy, random, and CUDA's where there is one."""
-    kind, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    assert kind == "MT19937"
-    _, python, python_gauss = random.getstate()
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.asarray(words, dtype=np.int64)),
-        "numpy_rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
-        "python": torch.tensor(python, dtype=torch.int64),
-        "python_gauss": torch.tensor(float("nan") if python_gauss is None else python_gauss, dtype=torch.float64),
-    }
-    return {**state, "cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
-
-
-def set_rng(state: Mapping[str, Tensor]) -> list[str]:
-    """Restore what ``rng_state`` gave.
-
-    Returns the names of generators that are only in ``state`` or only here ("cuda"), for the caller to announce.
-    """
-    position, has_gauss, gauss = state["numpy_rest"].tolist()
-    words = state["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words, int(position), int(has_gauss), gauss))
-    python_gauss = state["python_gauss"].item()
-    random.setstate((3, tuple(state["python"].tolist()), None if python_gauss != python_gauss else python_gauss))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    return ["cuda"] if ("cuda" in state) != torch.cuda.is_available() else []

@@ -89,7 +89,7 @@ def build(
     if adapter is None:
         freeze(net, model.frozen)
     if model.checkpointing:
-        net.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(net)
     scorer = Scorer(net, kernels=model.kernels).train()
     compute = None if adapter else getattr(torch, model.dtype)
     shard(scorer, world, parallel, compute)
@@ -105,6 +105,12 @@ def build(
         say(line)
     policy = Policy(scorer=scorer, config=config, layout=layout)
     return Built(policy=policy, attached=attached, folder=folder)
+
+
+def recompute(net: PreTrainedModel) -> None:
+    """Layers recompute their activations in backward. transformers renamed the switch in 5.2x."""
+    enable = getattr(net, "activation_checkpointing_enable", net.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def freeze(net: nn.Module, ends: tuple[str, ...]) -> None:

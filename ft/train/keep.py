@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ft import dist
 from ft.dist import World, copy_into
-from ft.errors import CheckpointError
+from ft.errors import CapacityError, CheckpointError
 from ft.io import checkpoint
 from ft.io.checkpoint import Checkpoint
 from ft.io.stream import Entry, Tensors
@@ -50,23 +50,38 @@ def documents(built: Built, base: str) -> dict[str, Any]:
     return {"config": {**built.policy.config.to_diff_dict(), "dtype": "float32"}}
 
 
-def save(run: Session, progress: Progress) -> Path:
-    """A checkpoint of everything that resuming needs. All ranks call it; the first one writes."""
+def save(run: Session, progress: Progress) -> None:
+    """A checkpoint of everything that resuming needs. All ranks call it; the first one writes.
+
+    Raises:
+        CapacityError: the disk is full or failing; on every rank, so that all of them go on or stop together.
+    """
     stem, entries = weights(run.built)
     moments = state.entries(state.optimizer_tensors(run.optimizer, run.parameters))
-    path = checkpoint.save(
-        run.folder,
-        progress.step,
-        {stem: entries, OPTIMIZER: moments},
-        {"progress": attrs.asdict(progress)},
-        documents=documents(run.built, run.recipe.model.id),
-        keep=run.recipe.save.keep,
-        best=progress.best_step or None,
-        writer=run.world.first,
-        notice=run.log.notice,
-    )
-    dist.barrier(run.world)
-    return path
+    failure: CapacityError | None = None
+    try:
+        checkpoint.save(
+            run.folder,
+            progress.step,
+            {stem: entries, OPTIMIZER: moments},
+            {"progress": attrs.asdict(progress)},
+            documents=documents(run.built, run.recipe.model.id),
+            keep=run.recipe.save.keep,
+            best=progress.best_step or None,
+            writer=run.world.first,
+            notice=run.log.notice,
+        )
+    except CapacityError as error:
+        failure = error
+    if dist.any_rank(failure is not None, run.world):
+        raise failure or CapacityError("the first rank could not save the checkpoint", where=str(run.folder))
+
+
+def room(run: Session) -> int:
+    """Bytes that the run's checkpoints may take: those it keeps, the best, and the one being written."""
+    _, entries = weights(run.built)
+    moments = 2 * sum(p.numel() * p.dtype.itemsize for p in run.parameters.values())
+    return (run.recipe.save.keep + 2) * (sum(entry.bytes for entry in entries) + moments)
 
 
 def find(folder: Path, world: World, say: Say) -> Checkpoint | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ft import dist
 from ft.errors import CapacityError
+from ft.io import checkpoint
 from ft.io.runfolder import RunLock, claim, open_run
 from ft.recipe import Recipe, run_folder
 from ft.recipe.files import dump
@@ -61,16 +62,26 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         tokenizer, source = setup.tokenizer_of(recipe, log.notice)
         config = setup.config_of(recipe, source, vocab=len(tokenizer))
         rows, held_out = setup.rows_of(recipe, tokenizer, log.notice)
+        trackers: Sequence[sinks.Sink] = ()
         if rank == 0:
-            open_run(folder, resume=resume, recipe=dump(recipe), fingerprint=rows.fingerprint, claimed=True)
+            open_run(
+                folder,
+                resume=resume,
+                recipe=dump(recipe),
+                fingerprint=rows.fingerprint,
+                claimed=True,
+                notice=log.notice,
+            )
+            trackers = sinks.make(
+                recipe.log.sinks, folder=folder, project=recipe.log.project, name=folder.name, notice=log.notice
+            )
         parallel = recipe.parallel
         world = stack.enter_context(dist.launched(replicate=parallel.replicate, timeout=parallel.timeout))
         run = setup.session(recipe, world, log, tokenizer, config, source, rows, held_out)
         saved = keep.find(folder, world, log.notice) if resume else None
         progress = keep.restore(run, saved) if saved else Progress()
-        trackers = sinks.make(
-            recipe.log.sinks, folder=folder, project=recipe.log.project, name=folder.name, notice=log.notice
-        )
+        if rank == 0 and not saved:
+            checkpoint.preflight(folder, keep.room(run))
         log.start(setup.facts(run, rows), total=run.steps, step=progress.step, sinks=trackers)
         ended = fit(run, progress, stop)
         if ended != "stopped" and world.first:
@@ -111,7 +122,8 @@ def fit(run: Session, progress: Progress, stop: Stop) -> str:
         progress.step += 1
         ending = progress.step == run.steps
         stopping = False
-        if ending or progress.step % run.recipe.log.every == 0:
+        asked = run.world.size == 1 and stop.requested  # several ranks agree on it at log lines only
+        if ending or asked or due(progress.step, run.recipe.log.every):
             stopping = publish(run, progress, window, stop)
             window = Window()
         better = False

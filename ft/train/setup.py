@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers import PretrainedConfig
-
 from ft.data.dataset import Prepared, prepare
 from ft.data.tokenizer import byte_tokenizer, load_tokenizer
 from ft.dist import World
@@ -41,13 +39,17 @@ def rows_of(recipe: Recipe, tokenizer: Any, say: Say) -> tuple[Prepared, Prepare
     data = recipe.data
     if recipe.model.tiny and data.rehearsal and data.train == data.rehearsal:
         say(f"rehearsal: training on {', '.join(s.path for s in data.rehearsal)}, not on the recipe's own rows")
-    quarantine = run_folder(recipe) / "bad_rows.jsonl"
-    train = prepare(data.train, data, tokenizer, quarantine=quarantine, announce=say)
-    held_out = prepare(data.eval, data, tokenizer, quarantine=quarantine, announce=say) if data.eval else None
+    folder = run_folder(recipe)
+    train = prepare(data.train, data, tokenizer, quarantine=folder / "bad_rows.jsonl", announce=say)
+    held_out = None
+    if data.eval:
+        held_out = prepare(data.eval, data, tokenizer, quarantine=folder / "bad_eval_rows.jsonl", announce=say)
+    for line in train.report.lines():
+        say(line)
     return train, held_out
 
 
-def config_of(recipe: Recipe, folder: ModelFolder | None, *, vocab: int) -> PretrainedConfig:
+def config_of(recipe: Recipe, folder: ModelFolder | None, *, vocab: int) -> Any:
     """The config to build, once it is known that this machine can hold the model."""
     return plan_config(recipe.model, folder, vocab=vocab)
 
@@ -73,7 +75,7 @@ def session(
     world: World,
     log: Log,
     tokenizer: Any,
-    config: PretrainedConfig,
+    config: Any,
     folder: ModelFolder | None,
     train: Prepared,
     held_out: Prepared | None,
