@@ -1,0 +1,20 @@
+"""4-bit NormalFloat storage of frozen weights, equal bit for bit to bitsandbytes' codes and scales."""
+
+from ft.kernels.nf4.bnb import from_bnb, to_bnb
+from ft.kernels.nf4.format import BLOCKS, NF4Tensor, dynamic_map, nbytes, nf4_code
+from ft.kernels.nf4.reference import dequantise, dequantise_rows, linear, quantise, slice_rows
+
+__all__ = [
+    "BLOCKS",
+    "NF4Tensor",
+    "dequantise",
+    "dequantise_rows",
+    "dynamic_map",
+    "from_bnb",
+    "linear",
+    "nbytes",
+    "nf4_code",
+    "quantise",
+    "slice_rows",
+    "to_bnb",
+]

@@ -1,0 +1,295 @@
+"""Quantise, dequantise and multiply, in plain torch, piece by piece so that temporaries stay at a few MB.
+
+Bit-exactness: everything is computed in float32 in the order bitsandbytes computes it. Shapes: B blocks of a piece,
+R rows of dimension 0.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ft.errors import ModelError
+from ft.kernels.nf4.format import BLOCKS, DTYPES, NESTED_BLOCK, NF4Tensor, dynamic_map, nf4_code, numel
+
+_TINY = 1e-38  # the smallest scale that is divided by
+_CELLS = 4096  # cells per unit of the lookup grid in _codes; a power of two, so that scaling by it is exact
+_DOUBT = 128  # marks a grid cell that lies on or near a boundary between two codes
+
+
+def _piece(device: torch.device) -> int:
+    """Values per piece, a multiple of every block size: cache-sized on a CPU, launch-bound elsewhere."""
+    return 1 << (18 if device.type == "cpu" else 24)
+
+
+# ---- quantise -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def quantise(w: Tensor, *, block: int = 64, double: bool = True) -> NF4Tensor:
+    """Round each value to the nearest of 16, relative to the largest magnitude in its block of ``block``.
+
+    ``double`` stores the blocks' scales in 8 bits, after taking off their mean. Ties go to the smaller code. A last,
+    partial block divides by its scale, where whole blocks multiply by its reciprocal: so does bitsandbytes.
+
+    Raises:
+        ModelError: an unknown block size or type, no values, or a value that is not finite.
+    """
+    _check(w, block)
+    flat = w.reshape(-1)
+    n, piece = flat.numel(), _piece(w.device)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(-(-n // block), dtype=torch.float32, device=w.device)
+    for start in range(0, n, piece):
+        x = flat[start : start + piece].float()
+        scaled, absmax_B = _scale(x, block)
+        absmax[start // block :][: len(absmax_B)] = absmax_B
+        codes = _codes(scaled)
+        packed[start // 2 :][: len(codes) // 2] = _pack(codes)
+    absmax2 = offset = None
+    if double:
+        offset = absmax.mean()
+        absmax, absmax2 = _quantise_scales(absmax - offset)
+    return NF4Tensor(
+        packed=packed,
+        absmax=absmax,
+        absmax2=absmax2,
+        offset=offset,
+        shape=tuple(w.shape),
+        dtype=w.dtype,
+        block=block,
+    )
+
+
+def _check(w: Tensor, block: int) -> None:
+    if block not in BLOCKS:
+        raise ModelError("no such NF4 block size", expected=f"one of {', '.join(map(str, BLOCKS))}", got=str(block))
+    if w.dtype not in DTYPES:
+        raise ModelError("only weights in 16 or 32-bit floats can be quantised", got=str(w.dtype))
+    if not w.numel():
+        raise ModelError("a weight without values cannot be quantised", got=f"shape {tuple(w.shape)}")
+
+
+def _scale(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Values divided by their block's absmax, padded with a zero to an even number; and the absmax of each block."""
+    full = len(x) - len(x) % block
+    whole = x[:full].view(-1, block)
+    absmax_B = whole.abs().amax(-1)
+    scaled = (whole * (1.0 / absmax_B.clamp(min=_TINY))[:, None]).view(-1)
+    if full < len(x):
+        last = x[full:].abs().max().clamp(min=_TINY)
+        absmax_B = torch.cat([absmax_B, last[None]])
+        scaled = F.pad(torch.cat([scaled, x[full:] / last]), (0, len(x) % 2))
+    if not absmax_B.isfinite().all():
+        raise ModelError("a weight holds NaN or infinity, and cannot be quantised", fix="check the model's files")
+    return scaled, absmax_B
+
+
+def _codes(scaled: Tensor) -> Tensor:
+    """uint8 code of each value in [-1, 1]: how many midpoints between neighbouring codes it exceeds.
+
+    A binary search per value is slow in torch, so a fine grid answers for all but the few values in a cell that a
+    midpoint touches, and the search is made for those.
+    """
+    grid, midpoints = _grid(scaled.device)
+    codes = grid.index_select(0, (scaled * _CELLS).add_(_CELLS).int())
+    doubtful = (codes >= _DOUBT).nonzero().view(-1)
+    codes[doubtful] = torch.bucketize(scaled[doubtful], midpoints, out_int32=True).to(torch.uint8)
+    return codes
+
+
+@cache
+def _grid(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each cell [i, i + 1) / _CELLS - 1 its code, or _DOUBT where its ends, widened for rounding, disagree."""
+    code = nf4_code()
+    midpoints = (code[1:] + code[:-1]) / 2
+    left = torch.arange(-_CELLS, _CELLS + 2, device="cpu").double() / _CELLS
+    margin = 1 / (8 * _CELLS)
+    low, high = (torch.bucketize(edge, midpoints.double()) for edge in (left - margin, left + 1 / _CELLS + margin))
+    grid = torch.where(low == high, low, _DOUBT).to(torch.uint8)
+    return grid.to(device), midpoints.to(device)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Two codes a byte, the first in the high half. Read as little-endian pairs, the first is the low byte."""
+    pairs = codes.view(torch.int16)
+    return ((pairs << 4) | (pairs >> 8)).to(torch.uint8)
+
+
+def _quantise_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """(uint8 codes of the dynamic map, float32 absmax of each 256 values)."""
+    piece = _piece(centred.device)
+    codes = torch.empty(len(centred), dtype=torch.uint8, device=centred.device)
+    absmax2 = torch.empty(-(-len(centred) // NESTED_BLOCK), dtype=torch.float32, device=centred.device)
+    for start in range(0, len(centred), piece):
+        x = centred[start : start + piece]
+        blocks = F.pad(x, (0, -len(x) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+        most = blocks.abs().amax(-1, keepdim=True)
+        found = _nearest(blocks * (1.0 / most.clamp(min=_TINY))).masked_fill_(most == 0, 0)
+        codes[start : start + piece] = found.view(-1)[: len(x)]
+        absmax2[start // NESTED_BLOCK :][: len(most)] = most[:, 0]
+    return codes, absmax2
+
+
+def _nearest(x: Tensor) -> Tensor:
+    """uint8 index into the dynamic map of the value nearest to each x in [-1, 1].
+
+    On a CPU bitsandbytes rounds x to a grid of 65536 points first, which moves one code in 600 to a neighbour; so
+    must this, to be equal bit for bit. Elsewhere it searches exactly.
+    """
+    midpoints, grid = _dynamic_grid(x.device)
+    if x.device.type != "cpu":
+        return torch.bucketize(x, midpoints, out_int32=True).to(torch.uint8)
+    return grid.index_select(0, ((x + 1) * 32767.5 + 0.5).int().view(-1)).view(x.shape)
+
+
+@cache
+def _dynamic_grid(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Midpoints between neighbours of the dynamic map, and the nearest code at each of 65536 points of [-1, 1]."""
+    values = dynamic_map()
+    midpoints = (values[1:] + values[:-1]) / 2
+    points = torch.arange(65536, device="cpu").float() / 32767.5 - 1
+    return midpoints.to(device), torch.bucketize(points, midpoints).to(torch.uint8).to(device)
+
+
+# ---- dequantise -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def dequantise(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense weight: code times scale in float32, rounded to ``q.dtype``, then converted to ``dtype`` if given."""
+    n, piece = numel(q), _piece(q.packed.device)
+    out = torch.empty(n, dtype=q.dtype, device=q.packed.device)
+    for start in range(0, n, piece):
+        stop = min(start + piece, n)
+        scale_B = _scales(q, start // q.block, -(-stop // q.block))
+        _fill(out[start:stop], q.packed[start // 2 : -(-stop // 2)], scale_B, q.block)
+    return out.view(q.shape).to(dtype or q.dtype)
+
+
+def _fill(out: Tensor, packed: Tensor, scale_B: Tensor, block: int) -> None:
+    values = _pairs(out.device).index_select(0, packed.int()).view(torch.float32)
+    full = len(out) - len(out) % block
+    values[:full].view(-1, block).mul_(scale_B[: full // block, None])
+    if full < len(out):
+        values[full:].mul_(scale_B[-1])
+    out.copy_(values[: len(out)])
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    """The two float32 values of every byte, held as one 8-byte element: one lookup then serves two weights."""
+    code, byte = nf4_code(), torch.arange(256, device="cpu")
+    return torch.stack([code[byte >> 4], code[byte & 15]], -1).view(torch.float64).view(-1).to(device)
+
+
+def _scales(q: NF4Tensor, start: int, stop: int) -> Tensor:
+    """float32 scale of blocks start..stop."""
+    if q.absmax2 is None:
+        return q.absmax[start:stop]
+    return _scales_at(q, torch.arange(start, stop, device=q.absmax.device))
+
+
+def _scales_at(q: NF4Tensor, index_B: Tensor) -> Tensor:
+    """float32 scale of the blocks named."""
+    absmax_B = q.absmax.index_select(0, index_B)
+    if q.absmax2 is None or q.offset is None:
+        return absmax_B
+    scale_B = _dynamic(absmax_B.device).index_select(0, absmax_B.int())
+    return scale_B.mul_(q.absmax2.index_select(0, index_B // NESTED_BLOCK)).add_(q.offset)
+
+
+_dynamic = cache(dynamic_map)
+
+
+# ---- some rows only -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def slice_rows(q: NF4Tensor, start: int, stop: int) -> NF4Tensor:
+    """Rows ``start:stop`` of dimension 0, sharing the bytes of ``q``; its scales are float32.
+
+    Raises:
+        ModelError: a row is not a whole number of blocks, or there are no such rows.
+    """
+    row = _row(q)
+    if not 0 <= start <= stop <= q.shape[0]:
+        raise ModelError("no such rows", expected=f"0 <= start <= stop <= {q.shape[0]}", got=f"{start}:{stop}")
+    return NF4Tensor(
+        packed=q.packed[start * row // 2 : stop * row // 2],
+        absmax=_scales(q, start * row // q.block, stop * row // q.block),
+        shape=(stop - start, *q.shape[1:]),
+        dtype=q.dtype,
+        block=q.block,
+    )
+
+
+@torch.no_grad()
+def dequantise_rows(q: NF4Tensor, index_R: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Dense rows ``index_R`` (int64) of dimension 0, such as the experts that received tokens; (R, *q.shape[1:]).
+
+    Raises:
+        ModelError: a row is not a whole number of blocks.
+    """
+    row = _row(q)
+    blocks = row // q.block
+    index_B = (index_R[:, None] * blocks + torch.arange(blocks, device=index_R.device)).view(-1)
+    chosen = NF4Tensor(
+        packed=q.packed.view(q.shape[0], row // 2).index_select(0, index_R).view(-1),
+        absmax=_scales_at(q, index_B),
+        shape=(len(index_R), *q.shape[1:]),
+        dtype=q.dtype,
+        block=q.block,
+    )
+    return dequantise(chosen, dtype)
+
+
+def _row(q: NF4Tensor) -> int:
+    """Values in one row of dimension 0, which must be a whole number of blocks."""
+    row = math.prod(q.shape[1:])
+    if not q.shape or row % q.block:
+        raise ModelError(
+            "NF4 blocks straddle the rows of this weight, so rows cannot be taken apart",
+            expected=f"rows of a multiple of {q.block} values",
+            got=f"{row} values a row, shape {q.shape}",
+            fix="quantise each row on its own, or choose a block size that divides the row",
+        )
+    return row
+
+
+# ---- multiply -------------------------------------------------------------------------------------------------------
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps the 4-bit weight for backward and dequantises it again there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, q: NF4Tensor) -> Tensor:
+        ctx.save_for_backward(q.packed, q.absmax, q.absmax2, q.offset)
+        ctx.rest = {"shape": q.shape, "dtype": q.dtype, "block": q.block}
+        return F.linear(x, dequantise(q, x.dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        packed, absmax, absmax2, offset = ctx.saved_tensors
+        q = NF4Tensor(packed=packed, absmax=absmax, absmax2=absmax2, offset=offset, **ctx.rest)
+        grad_x = grad_y @ dequantise(q, grad_y.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None
+
+
+def linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ dequantise(q).T + bias`` in x's type (autocast's, where it is on), with gradients to ``x`` and ``bias``.
+
+    The dense weight exists only while it is multiplied, in forward and again in backward.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    return _Linear.apply(x, bias, q)  # type: ignore[no-any-return]
