@@ -223,14 +223,20 @@ def _check_shapes(
         shape = shape_of(op, stored)
         if shape is not None and shape != wanted[target]:
             wrong.append(f"{target}: stored {list(shape)}, model {list(wanted[target])}")
-        elif isinstance(op, Stack) and (odd := _odd_rows(op, stored)):
-            wrong.append(f"{target}: {odd[0]} is shaped unlike its neighbours")
+        elif odd := _odd(op, stored):
+            wrong.append(f"{target}: {odd[0]} is unlike its neighbours in shape or type")
     _refuse("stored shapes do not fit the model's config", wrong, where)
 
 
-def _odd_rows(op: Stack, stored: TensorSource) -> list[str]:
-    first = [stored.info(n).shape for n in op.rows[0]]
-    return [n for row in op.rows for n, shape in zip(row, first, strict=True) if stored.info(n).shape != shape]
+def _odd(op: Op, stored: TensorSource) -> list[str]:
+    """Pieces of another shape or type than the first of their kind."""
+    if isinstance(op, Concat):
+        return [n for n in op.sources if stored.info(n).dtype != stored.info(op.sources[0]).dtype]
+    if not isinstance(op, Stack):
+        return []
+    first = [stored.info(n) for n in op.rows[0]]
+    odd = [n for row in op.rows for n, info in zip(row, first, strict=True) if stored.info(n) != info]
+    return odd + [n for n, info in zip(op.rows[0], first, strict=True) if info.dtype != first[0].dtype]
 
 
 def layout_of(ops: Mapping[str, Op], wanted: Mapping[str, tuple[int, ...]]) -> Layout:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "merges.txt", "vocab.*", "tokenizer*")
+_SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")  # config, templates, tokenizers
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
