@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from attrs import evolve, frozen
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ft.dist import World
@@ -160,9 +160,10 @@ def shard(scorer: Scorer, world: World, parallel: Parallel, compute: torch.dtype
     for layer in layers(scorer.model):
         fully_shard(layer, **options, mp_policy=policy)
     fully_shard(scorer, **options, mp_policy=policy)
-    root: Any = scorer
-    root.set_gradient_divide_factor(1.0)
-    root.set_force_sum_reduction_for_comms(True)
+    for module in scorer.modules():  # neither setting reaches the modules inside
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def keep_float32(net: PreTrainedModel) -> list[nn.Module]:
