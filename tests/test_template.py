@@ -7,6 +7,8 @@ import warnings
 
 import jinja2
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ft.data.masks import Mask, mark, wanted
 from ft.data.messages import Conversation, Message
@@ -260,6 +262,22 @@ def test_content_that_looks_like_the_template_changes_nothing():
     for source in (CHATML, QWEN3, TAGGED):
         first, last = spans(source, user(trap), said(trap), user(trap), said(trap))
         assert first == trap + "<|im_end|>" and last.removeprefix("<think>\n\n</think>\n\n") == trap + "<|im_end|>"
+
+
+words = st.lists(
+    st.sampled_from(["a", " ", "\n", "<|im_end|>", "\n<|im_start|>assistant\n", "é", "\ue000"]), max_size=4
+)
+texts = words.map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=3), st.booleans(), st.sampled_from(["assistant", "last"]))
+def test_proofs_agree_with_tags_on_any_content(turns, end_of_turn, mask):
+    messages = [m for question, answer in turns for m in (user(question), said(answer))]
+    options = {"end_of_turn": end_of_turn, "mask": mask}
+    proven, tagged = marked(CHATML, *messages, **options), marked(TAGGED, *messages, **options)
+    assert proven.text == tagged.text
+    assert proven.spans == tagged.spans
 
 
 def test_text_of_another_message_is_never_taken_for_a_turn():

@@ -1,6 +1,6 @@
 """Which characters of a rendered conversation are trained, proven.
 
-Message k of a conversation with text F is found in one of three ways, or not at all:
+Message k of a conversation with text F is found in one of these ways, or not at all:
 
 1. Tags. A template with {% generation %} tags says it itself.
 2. Prefix. P is the text of messages[:k] and a generation prompt, Q the text of messages[:k + 1]. If P is a prefix of
@@ -11,6 +11,10 @@ Message k of a conversation with text F is found in one of three ways, or not at
    message k contributes; it is accepted if all of it is text of that message, or if it is a turn with calls or
    reasoning and every other message still stands in A or B. What the template writes whatever the turn says (an
    empty thinking block) is in A or B, and is not trained.
+4. All at once, tried first where there are several plain turns, since it takes one rendering for all of them and
+   not two for each: G is F with all of them replaced by markers, B0 marker B1 marker B2 ... If F is B0 c1 B1 c2 B2
+   ..., where each c is the turn's content letter by letter (or stripped), each stands between the
+   header of a generation prompt and an end of turn, then the spans are those that 2. would find.
 
 Else DataError: no mask is guessed.
 
@@ -91,7 +95,7 @@ def mark(template: Template, conversation: Conversation, *, mask: Mask, end_of_t
     case = _Case(
         template=template, chat=chat, tools=conversation.tools, text=text, end_of_turn=end_of_turn, source=source
     )
-    spans = _tagged(case, tagged, turns) if tags else [_prove(case, k) for k in turns]
+    spans = _tagged(case, tagged, turns) if tags else _untold(case, turns)
     return Marked(text=text, spans=tuple(spans), lost=_lost(case, spans, turns))
 
 
@@ -102,6 +106,33 @@ def _lost(case: _Case, spans: Sequence[Span], turns: Sequence[int]) -> tuple[int
 
 
 # ---------------------------------------------------------------------------------------------- prefix, substitution
+
+
+def _untold(case: _Case, turns: Sequence[int]) -> list[Span]:
+    plain = [k for k in turns if case.chat[k]["role"] == "assistant" and case.chat[k].keys() == {"role", "content"}]
+    found = _at_once(case, plain) if len(plain) > 1 and case.template.header else {}
+    return [found[k] if k in found else _prove(case, k) for k in turns]
+
+
+def _at_once(case: _Case, plain: Sequence[int]) -> dict[int, Span]:
+    """The spans of these turns, or none of them."""
+    template, text = case.template, case.text
+    chat = [m | {"content": MARKER} if k in plain else m for k, m in enumerate(case.chat)]
+    marked = try_text(template, chat, tools=case.tools)
+    if marked is None or MARKER[0] in text or (case.end_of_turn and not template.ending):
+        return {}
+    between = marked.split(MARKER)
+    if len(between) != len(plain) + 1 or not text.startswith(between[0]):
+        return {}
+    spans, at = {}, len(between[0])
+    for k, (before, after) in zip(plain, pairwise(between), strict=True):
+        content: str = case.chat[k]["content"]
+        said = next((c for c in (content, content.strip()) if text.startswith(c + after, at)), None)
+        if said is None or not before.endswith(template.header) or not after.startswith(template.ending):
+            return {}
+        spans[k] = (at, at + len(said) + (len(template.ending) if case.end_of_turn else 0))
+        at += len(said) + len(after)
+    return spans if at == len(text) else {}
 
 
 def _prove(case: _Case, k: int) -> Span:

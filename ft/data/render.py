@@ -1,6 +1,6 @@
 """Values into examples: the one path from text to tokens, for training, evaluation and prompts.
 
-The texts of a chunk of rows go through one call of the tokenizer, which uses all cores. Shapes: L tokens of a row.
+Texts go through the tokenizer in blocks, on all cores, while the next block is rendered. Shapes: L tokens of a row.
 
 - Conversation: through the chat template; which writes all special tokens itself, so none are added.
 - Text, and Segments that are ``whole`` (prompt and completion): what the tokenizer puts before a text (BOS) is put
@@ -21,6 +21,8 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,6 +54,7 @@ class _Frame:
 
 
 _BARE = _Frame()
+_BLOCK = 100  # rows tokenised at a time
 
 
 @frozen(kw_only=True)
@@ -70,13 +73,18 @@ def render(rows: Sequence[tuple[Value, str]], tokenizer: PreTrainedTokenizerBase
         DataError: the chat template refuses a row, or does not prove its mask; a row begins with two BOS tokens;
             `Data.append_eos` where there is no end-of-sequence token.
     """
-    plans = list(_plans(rows, tokenizer, data))
-    texts = [text for plan in plans if isinstance(plan, _Plan) for text, _ in plan.texts]
-    encodings = iter(_encode(tokenizer, texts))
-    examples = []
-    for plan, (_, source) in zip(plans, rows, strict=True):
-        tokens_L, mask_L = _assemble(plan, encodings) if isinstance(plan, _Plan) else _literal(plan)
-        examples.append(Example(tokens_L=tokens_L, mask_L=mask_L, source=source))
+    plans = _plans(rows, tokenizer, data)
+    sources = (source for _, source in rows)
+    with ThreadPoolExecutor(1) as pool:  # the tokenizer works without the interpreter, which renders on meanwhile
+        blocks = []
+        while block := list(islice(plans, _BLOCK)):
+            texts = [text for plan in block if isinstance(plan, _Plan) for text, _ in plan.texts]
+            blocks.append((block, pool.submit(_encode, tokenizer, texts)))
+        examples = [
+            Example(tokens_L=tokens_L, mask_L=mask_L, source=next(sources))
+            for block, encoded in blocks
+            for tokens_L, mask_L in _assemble(block, encoded.result())
+        ]
     _check_bos(examples, tokenizer)
     return examples
 
@@ -165,17 +173,17 @@ def _begins_clean(tokenizer: Any) -> bool:
     return tokenizer.backend_tokenizer.decode(a.ids + b.ids, skip_special_tokens=False) == "ab"
 
 
-def _literal(value: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    mask_L = np.ones(len(value.input_ids), bool) if value.mask is None else value.mask
-    return value.input_ids, mask_L
-
-
-def _assemble(plan: _Plan, encodings: Iterator[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """tokens_L, mask_L of a row: its stretches end to end, in their frame."""
-    parts = [_stretch(next(encodings), len(text), spans) for text, spans in plan.texts]
-    tokens_L = np.concatenate([tokens for tokens, _ in parts]) if parts else np.zeros(0, np.int32)
-    mask_L = np.concatenate([mask for _, mask in parts]) if parts else np.zeros(0, bool)
-    return (tokens_L, mask_L) if plan.frame == _BARE else _framed(plan, tokens_L, mask_L)
+def _assemble(plans: Sequence[_Plan | Tokens], encodings: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """tokens_L, mask_L of each row: its stretches end to end, in their frame."""
+    left = iter(encodings)
+    for plan in plans:
+        if isinstance(plan, Tokens):
+            yield plan.input_ids, np.ones(len(plan.input_ids), bool) if plan.mask is None else plan.mask
+            continue
+        parts = [_stretch(next(left), len(text), spans) for text, spans in plan.texts]
+        tokens_L = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in parts)])
+        mask_L = np.concatenate([np.zeros(0, bool), *(mask for _, mask in parts)])
+        yield (tokens_L, mask_L) if plan.frame == _BARE else _framed(plan, tokens_L, mask_L)
 
 
 def _framed(plan: _Plan, tokens_L: np.ndarray, mask_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -38,11 +38,12 @@ class Template:
     endings: tuple[str, ...] = ()  # texts that can end a turn, longest first
     ending: str = ""  # what it writes after an assistant's content; "" for nothing
     trailer: str = ""  # what it adds once, after the last turn's end
+    header: str = ""  # what it writes for a generation prompt
     arguments: Literal["object", "string"] = "object"  # how it wants a tool call's arguments
 
 
 def make_template(tokenizer: PreTrainedTokenizerBase, *, tools: bool = False, thinking: bool | None = None) -> Template:
-    """The chat template of a tokenizer, learnt by rendering two small conversations.
+    """The chat template of a tokenizer, learnt by rendering a few small conversations.
 
     Args:
         tools: whether the rows have tools: some models have another template for them.
@@ -83,6 +84,7 @@ def _learn(source: str, values: tuple[tuple[str, Any], ...], specials: tuple[str
         endings=endings,
         ending=ending,
         trailer=trailer,
+        header=_header(plain),
         arguments=_arguments(plain),
     )
 
@@ -131,6 +133,13 @@ def _ending(template: Template, specials: Sequence[str]) -> tuple[str, str]:
     unasked = try_text(template, chat[:1]) == try_text(template, chat[:1], prompt=True)
     cut = max((end for end in ends if later.startswith(after[:end])), default=0 if unasked else len(after))
     return after[:cut], after[cut:]
+
+
+def _header(template: Template) -> str:
+    """What a generation prompt adds to a conversation; "" where that is nothing, or not only something at its end."""
+    chat: Chat = [{"role": "user", "content": "a"}]
+    without, asked = try_text(template, chat), try_text(template, chat, prompt=True)
+    return asked[len(without) :] if without is not None and asked is not None and asked.startswith(without) else ""
 
 
 def _arguments(template: Template) -> Literal["object", "string"]:
