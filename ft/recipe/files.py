@@ -74,7 +74,7 @@ def _near(path: Path) -> str:
     """Which recipe was meant: a run folder's recipe.json, or a file of nearly this name here or in recipes/."""
     if (path / "recipe.json").is_file():
         return f"name the file itself: {path / 'recipe.json'}"
-    folders = {path.parent, Path("recipes")}
+    folders = dict.fromkeys((path.parent, Path("recipes")))  # its own neighbours first
     files = [f for folder in folders for f in sorted(folder.glob("*.py")) if not f.name.startswith("_")]
     near = get_close_matches(path.stem, [f.stem for f in files], n=1)
     if near:

@@ -199,8 +199,3 @@ def _item(text: str, tp: Any) -> Any:
         return read(text, tp)
     required = [f.name for f in attrs.fields(tp) if f.default is attrs.NOTHING]
     return {required[0]: text} if len(required) == 1 else text
-
-
-def touched(arguments: Sequence[str]) -> set[str]:
-    """The paths that ``arguments`` override."""
-    return {path for path, _ in pairs(arguments)}

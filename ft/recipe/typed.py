@@ -3,7 +3,8 @@
 ``build`` is strict: no number is made from a text, no bool from an int, no list from a string. It serves recipe
 files, recipe.json and overrides alike, so that one place decides what a field accepts. A class is named in the plain
 form ("type": "pkg.mod:Name") only where the declared type leaves a choice: a union of classes, or a protocol. cattrs
-would coerce at the leaves, iterate strings as tuples, and name no place, which is why the walk is our own.
+coerces at the leaves and iterates strings as tuples; made strict it needs a hook of ours for every kind of type and a
+walk over its errors, which is more code than this walk.
 """
 
 from __future__ import annotations
