@@ -305,6 +305,13 @@ def test_no_proof_is_an_error():
     assert len(spans(NO_PROOF, *TWO, mask="all")) == 1
 
 
+def test_what_stands_around_a_turn_must_not_depend_on_it():
+    counted = CHATML.replace("m.role + '\n'", "m.role + (m.content | length) | string + '\n'", 1)
+    assert "hello" in marked(counted, *TWO, mask="all").text
+    with pytest.raises(DataError, match="nothing proves"):
+        spans(counted, *TWO)
+
+
 def test_harmony_ends_earlier_turns_otherwise():
     with pytest.raises(DataError, match="nothing proves"):
         spans(HARMONY, *TWO)
@@ -317,6 +324,8 @@ def test_a_template_without_an_end_of_turn():
         spans(GLM, *TWO)
     assert "cannot learn to stop" in str(error.value) and "data.end_of_turn=False" in str(error.value)
     assert spans(GLM, *TWO, end_of_turn=False) == ["hello", "ciao"]
+    with pytest.raises(DataError, match="cannot learn to stop"):  # the header at its end is no end of turn
+        spans(ALWAYS_PROMPTS.replace("<|end|>", ""), *TWO)
 
 
 def test_an_end_of_turn_that_is_plain_text():
@@ -328,6 +337,13 @@ def test_an_end_of_turn_that_is_plain_text():
 def test_tags_that_mark_nothing():
     with pytest.raises(DataError, match="0 tagged stretches"):
         spans(TAGGED.replace("m.role == 'assistant'", "m.role == 'robot'"), *TWO)
+
+
+def test_tags_within_tags():
+    inner = "{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>' }}"
+    nested = TAGGED.replace("{{ m.content + '<|im_end|>' }}{% endgeneration %}", inner + "{% endgeneration %}")
+    with pytest.raises(DataError, match="4 tagged stretches that overlap"):
+        spans(nested, *TWO)
 
 
 def test_tags_that_cannot_be_told_apart():
