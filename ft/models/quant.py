@@ -253,7 +253,7 @@ def _own(owner: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 def kind_of(name: str, owner: nn.Module) -> str:
     """Which line of the table a parameter belongs to, by its name and module."""
     segments = name.split(".")
-    if any("lora_" in s for s in segments):
+    if any("lora" in s for s in segments):
         return "adapter"
     if isinstance(owner, nn.Embedding):
         return "embeddings"

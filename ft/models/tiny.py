@@ -135,11 +135,14 @@ def _depth(facts: Mapping[str, Any]) -> int:
 
 
 def period(kinds: Sequence[str]) -> int:
-    """Length of the shortest pattern that repeats; where none does, or a long one, of the shortest full sample."""
-    for p in range(1, LONGEST_PERIOD + 1):
+    """Length of the shortest pattern that is seen at least twice; else of the shortest sample with every kind.
+
+    Lists as short as that are taken whole, so that shrinking twice changes nothing.
+    """
+    for p in range(1, min(LONGEST_PERIOD, len(kinds) // 2) + 1):
         if all(kind == kinds[i % p] for i, kind in enumerate(kinds)):
             return p
-    return max(list(kinds).index(kind) for kind in set(kinds)) + 1
+    return max(list(kinds).index(kind) for kind in set(kinds)) + 1 if len(kinds) > LONGEST_PERIOD else len(kinds)
 
 
 def _layers(facts: Mapping[str, Any], n: int) -> dict[str, Any]:
