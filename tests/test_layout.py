@@ -170,7 +170,7 @@ def test_check_passes_in_half_precision(family: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("family", ("qwen3_5_moe_text", "minimax", "qwen3_moe"))
 def test_recomputed_layers_give_the_same_gradients(family: str) -> None:
     """Activation checkpointing runs the mixers again, with the documents of their own forward."""
-    model = build(family)
+    model: Any = build(family)
     scorer = Scorer(model)
     chosen, _ = leak.check(scorer)
     first, second = batch(*RAGGED), batch(11, 40)
@@ -180,7 +180,8 @@ def test_recomputed_layers_give_the_same_gradients(family: str) -> None:
         return [g for g in torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) if g is not None]
 
     expected = gradients()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
     scorer.train()
     for grad, wanted in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(grad, wanted)
@@ -260,3 +261,9 @@ def test_masks_by_hand() -> None:
     eager = arrange(batch(2), Layout(kind="packed", attention="eager", masks="one"), config, torch.float32)
     lowest = torch.finfo(torch.float32).min
     assert eager.kwargs["attention_mask"][0, 0].tolist() == [[0.0, lowest], [0.0, 0.0]]
+
+
+def test_precision_is_that_of_the_layers_not_of_the_masters() -> None:
+    scorer = Scorer(build("llama"))
+    assert leak._precision(scorer, torch.bfloat16) == torch.bfloat16
+    assert leak._precision(scorer, torch.float32) == torch.float32

@@ -134,23 +134,23 @@ def _refusal(findings: Sequence[Finding], requested: str) -> ModelError:
 
 def _finding(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor], oracle_N: Tensor) -> Finding:
     try:
-        leak, logp_N = _gradient_leak(scorer, layout, tokens)
+        leak, logp_N, dtype = _gradient_leak(scorer, layout, tokens)
         moved_N = _perturbed(scorer, layout, tokens)[len(tokens[0]) - 1 :] - logp_N[len(tokens[0]) - 1 :]
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, ModelError) as error:
         return Finding(layout=layout, error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
     gap_N = (logp_N - oracle_N).abs()
-    exact = _dtype(scorer) in (torch.float32, torch.float64)
+    exact = dtype in (torch.float32, torch.float64)
     moved = moved_N.abs().max() if exact else moved_N.abs().median()
     measured = torch.stack([leak, moved, gap_N.median(), gap_N.max()]).double()
     if c10d.is_available() and c10d.is_initialized() and c10d.get_world_size() > 1:
         c10d.all_reduce(measured, c10d.ReduceOp.MAX)  # ranks must not disagree
     a, b, c, d = measured.tolist()
-    tolerance = max(1e-6, _TOLERANCE[_dtype(scorer)] * float(oracle_N.std()))
+    tolerance = max(1e-6, _TOLERANCE[dtype] * float(oracle_N.std()))
     return Finding(layout=layout, leak=a, moved=b, gap=c, worst=d, tolerance=tolerance)
 
 
-def _gradient_leak(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Largest gradient of the second document's outputs outside of it, over the largest inside; and log-probs."""
+def _gradient_leak(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Largest gradient of the second document outside of it, over the largest inside; log-probs; precision."""
     batch = _batch(tokens)
     with torch.enable_grad(), _embeddings(scorer) as leaves:
         found = scorer(batch, layout, hidden=True)
@@ -168,7 +168,7 @@ def _gradient_leak(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor]) -> 
     inside, outside = rows[own].amax(), rows[~own].amax()
     # nan compares as no leak, and no gradient inside proves nothing: both count as an infinite leak
     leak = torch.where(torch.isfinite(inside) & (inside > 0) & torch.isfinite(outside), outside / inside, torch.inf)
-    return leak, found["logp_T"].detach()
+    return leak, found["logp_T"].detach(), _precision(scorer, found["hidden_TD"].dtype)
 
 
 @torch.no_grad()
@@ -209,10 +209,10 @@ def _batch(tokens: Sequence[Tensor]) -> Batch:
     )
 
 
-def _dtype(scorer: Scorer) -> torch.dtype:
-    """The coarsest float type among the weights: rounding is as coarse as that."""
-    found = {p.dtype for p in scorer.parameters()} & set(_TOLERANCE)
-    return max(found or {torch.float32}, key=lambda dtype: _TOLERANCE[dtype])
+def _precision(scorer: Scorer, compute: torch.dtype) -> torch.dtype:
+    """The coarsest float type at work: what layers compute in (masters may be finer), or what weights are held in."""
+    held = {p.dtype for p in scorer.parameters() if p.dtype in _TOLERANCE}
+    return max(held | {compute}, key=lambda dtype: _TOLERANCE[dtype])
 
 
 @contextmanager

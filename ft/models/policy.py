@@ -83,6 +83,8 @@ class Scorer(nn.Module):
             own_logits: compute the log-probs from the model's own logits, all T x V of them: the oracle of the
                 leak check.
         """
+        if aux and not has_balance_loss(self.model):
+            raise ModelError(f"{type(self.model).__name__} has no load-balancing loss", fix="train without it: aux=0")
         self.use_attention(layout.attention)
         rows = arrange(batch, layout, self.text_config, self.dtype)
         if own_logits:
@@ -97,9 +99,10 @@ class Scorer(nn.Module):
         if entropy_N is not None:
             found["entropy_T"] = _scatter(entropy_N.detach(), batch)
         if aux:
-            found["aux"] = aux * balance_loss(self.model, out.router_logits, rows.real_SL, empty=not batch.lengths)
+            found["aux"] = aux * balance_loss(self.model, out, rows.real_SL, empty=not batch.lengths)
         if hidden:
-            found["hidden_TD"] = hidden_RD if rows.place_T is None else hidden_RD[rows.place_T]
+            # a copy, never a view: FSDP cannot guard the views that a root gives out
+            found["hidden_TD"] = hidden_RD.clone() if rows.place_T is None else hidden_RD[rows.place_T]
         return found
 
     @property
@@ -157,7 +160,7 @@ _DIVIDE = ("logits_scaling", "logits_mup_width_multiplier")
 _MULTIPLY_BY_FAMILY = {"hyperclovax": ("logits_scaling",)}
 
 
-def head_options(config: PretrainedConfig) -> dict[str, float | None]:
+def head_options(config: PretrainedConfig) -> dict[str, Any]:
     """``scale`` and ``softcap`` of ``token_logps``: logits are softcap * tanh(scale * logits / softcap)."""
     config = config.get_text_config()
     multiply = _MULTIPLY_BY_FAMILY.get(config.model_type, _MULTIPLY)
@@ -194,19 +197,17 @@ def head_parts(head: Any) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, 
     return base.weight, base.bias, lora
 
 
-def balance_loss(
-    model: PreTrainedModel, router_logits: tuple[Tensor, ...], real_SL: Tensor | None, *, empty: bool
-) -> Tensor:
+def balance_loss(model: Any, out: Any, real_SL: Tensor | None, *, empty: bool) -> Tensor:
     """The family's own load-balancing loss, a mean over real tokens, before its coefficient; 0 for a filler batch."""
-    function = balance_function(model)
-    if function is None:
-        raise ModelError(f"{type(model).__name__} has no load-balancing loss", fix="train without the router's loss")
     mask_SL = None if empty else real_SL
-    loss = function(router_logits, model.num_experts, model.num_experts_per_tok, mask_SL)
+    loss = _balance_function(model)(out.router_logits, model.num_experts, model.num_experts_per_tok, mask_SL)
     return loss * 0.0 if empty else loss
 
 
-def balance_function(model: PreTrainedModel) -> Any | None:
-    """``load_balancing_loss_func`` of the model's family, if it has one and a way to use it."""
-    function = getattr(inspect.getmodule(type(model)), "load_balancing_loss_func", None)
-    return function if hasattr(model, "num_experts_per_tok") else None
+def has_balance_loss(model: PreTrainedModel) -> bool:
+    """Whether transformers computes a load-balancing loss for this family."""
+    return _balance_function(model) is not None and hasattr(model, "num_experts_per_tok")
+
+
+def _balance_function(model: PreTrainedModel) -> Any:
+    return getattr(inspect.getmodule(type(model)), "load_balancing_loss_func", None)
