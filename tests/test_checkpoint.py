@@ -142,10 +142,10 @@ def test_what_is_saved_is_loaded(tmp_path):
     path = save(tmp_path / "run", 7)
     assert path == tmp_path / "run" / "step-000007"
     assert names(path) == [
+        "bytes.safetensors",
         "manifest.json",
         "meta.json",
         "optimizer.safetensors",
-        "bytes.safetensors",
         "weights.safetensors",
     ]
     assert_is(checkpoint.load(path), 7)

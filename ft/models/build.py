@@ -82,8 +82,9 @@ def build(
             fix="set model.quant=none, or train adapters: adapter=LoRA(...)",
         )
     net = load.skeleton(config, model if adapter else evolve(model, dtype="float32"))
+    items = quant.plan(net, model.quant) if model.quant else ()
     if model.quant is not None:
-        quant.apply(net, quant.plan(net, model.quant), model.quant)
+        quant.apply(net, items, model.quant)
     experts.use_ft_experts(net, model.kernels)
     attached = lora.attach(net, adapter) if adapter else None
     if adapter is None:
@@ -97,6 +98,7 @@ def build(
         load.fill_random(scorer, seed, device=world.device)
     else:
         load.fill(scorer, open_weights(folder.path), device=world.device, where=str(folder.path))
+    quant.verify(net, items)
     if adapter:
         start_adapter(net, adapter, seed)
     wanted = None if model.attention == "auto" else model.attention

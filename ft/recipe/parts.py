@@ -306,7 +306,7 @@ def run_folder(recipe: Recipe) -> Path:
     return recipe.save.dir if recipe.save.dir is not None else Path("runs") / (recipe.name or "run")
 
 
-REHEARSAL_STEPS, REHEARSAL_TOKENS, REHEARSAL_EXAMPLES = 20, 256, 8
+REHEARSAL_STEPS, REHEARSAL_TOKENS, REHEARSAL_EXAMPLES = 20, 512, 8
 
 
 def rehearse(recipe: Recipe) -> Recipe:

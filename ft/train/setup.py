@@ -10,6 +10,7 @@ from ft.data.tokenizer import byte_tokenizer, load_tokenizer
 from ft.dist import World
 from ft.errors import FtError
 from ft.io.weights import ModelFolder, resolve
+from ft.models import quant
 from ft.models.build import build, plan_config
 from ft.recipe import Recipe, run_folder, total_steps
 from ft.train import optim
@@ -55,19 +56,35 @@ def config_of(recipe: Recipe, folder: ModelFolder | None, *, vocab: int) -> Any:
 
 
 def facts(run: Session, rows: Prepared) -> dict[str, object]:
-    """What a run says of itself before its first step."""
-    net = run.policy.scorer.model
-    trained = sum(p.numel() for p in run.parameters.values())
-    total = sum(p.numel() for p in net.parameters())
+    """What a run says of itself before its first step: sizes, bytes by kind and type, what is trained."""
+    recipe, net = run.recipe, run.policy.scorer.model
+    source = run.built.folder
+    table = {f"{row.kind} {row.dtype}{' (trained)' if row.trained else ''}": _size(row) for row in quant.table(net)}
     return {
-        "model": f"{run.recipe.model.id} ({type(net).__name__})",
-        "trained": f"{trained:,} parameters in {len(run.parameters):,} tensors, of {total:,}",
+        "model": f"{recipe.model.id} ({type(net).__name__})",
+        "weights": "random" if recipe.model.tiny or source is None else f"{source.path} {source.commit or ''}".strip(),
+        **table,
+        "trained": f"{sum(p.numel() for p in run.parameters.values()):,} elements in {len(run.parameters):,} tensors",
         "rows": f"{rows.per_epoch:,} per epoch",
-        "steps": f"{run.steps:,} of {run.recipe.batch.examples} rows",
+        "steps": f"{run.steps:,} of {recipe.batch.examples} rows, micro-batches of {recipe.batch.tokens:,} tokens",
         "ranks": f"{run.world.size} on {run.world.device.type}",
+        "precision": precision(recipe),
         "layout": str(run.policy.layout),
         "folder": str(run.folder),
     }
+
+
+def precision(recipe: Recipe) -> str:
+    """Which types hold and compute what."""
+    dtype, reduce = recipe.model.dtype, recipe.parallel.reduce_dtype
+    if recipe.adapter is None:
+        return f"masters float32, computed in {dtype}, gradients summed in {reduce}"
+    base = f"{dtype}, held in nf4" if recipe.model.quant else dtype
+    return f"base {base}; adapters held and computed in float32, gradients summed in {reduce}"
+
+
+def _size(row: quant.Row) -> str:
+    return f"{row.bytes / 1e6:,.1f} MB, {row.elements:,} elements in {row.tensors:,} tensors"
 
 
 def session(
