@@ -173,6 +173,9 @@ def test_triton_is_refused_until_there_is_one():
     made = problem(CASES[0])
     with pytest.raises(RecipeError, match="no Triton kernel"):
         experts(made.hidden_TD, made.index_TK, made.weight_TK, made.params, impl="triton")
+    with pytest.raises(RecipeError, match="no Triton kernel"):
+        use_ft_experts(build("olmoe"), impl="triton")
+    use_ft_experts(build("llama"), impl="triton")  # no experts, nothing to refuse
 
 
 @pytest.mark.parametrize("family", MOE)
@@ -186,6 +189,17 @@ def test_tiny_models_equal_transformers_eager_experts(family: str):
     assert got.keys() == expected.keys() and any("experts" in name for name in got)
     for name, value in expected.items():
         assert torch.allclose(got[name], value, rtol=1e-5, atol=1e-5), (name, (got[name] - value).abs().max())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_recomputed_layers_give_the_same_gradients(family: str):
+    model = build(family).train()
+    use_ft_experts(model)
+    expected = logits_and_grads(model, None)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    got = logits_and_grads(model, None)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
 def logits_and_grads(model: Any, implementation: str | None) -> dict[str, Tensor]:

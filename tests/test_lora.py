@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ft.errors import ModelError, RecipeError
 from ft.io.adapter import load_adapter, save_adapter
+from ft.kernels.nf4 import dequantise
 from ft.models import lora as loras
+from ft.models import quant as quantisation
 from ft.models.experts import expert_modules, use_ft_experts
 from ft.models.targets import GROUPS, adaptable, resolve, shortest
-from ft.recipe import LoRA
+from ft.recipe import NF4, LoRA
 
 ALL = ("all-linear",)
 
@@ -26,10 +28,15 @@ def adapted(family: str, lora: LoRA, *, seed: int = 7) -> tuple[Any, loras.Attac
     model = build(family)
     use_ft_experts(model)
     attached = loras.attach(model, lora)
+    scatter(model, seed)
+    return model, attached
+
+
+def scatter(model: Any, seed: int = 7) -> None:
+    """Random A and B."""
     rng = torch.Generator().manual_seed(seed)
     state = loras.adapter_state(model)
     loras.load_state(model, {name: torch.randn(t.shape, generator=rng) * 0.2 for name, t in state.items()})
-    return model, attached
 
 
 def logits(model: Any) -> Tensor:
@@ -177,11 +184,38 @@ def test_an_adapter_made_by_peft_loads_into_ours_with_its_gradients(family: str,
         assert torch.allclose(grad, theirs_grad, rtol=1e-4, atol=1e-6), name
 
 
+@torch.no_grad()
 def grads_in_peft_names(model: Any) -> dict[str, Tensor]:
+    """The adapters' gradients; overwrites the adapters with them."""
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.grad
+            parameter.copy_(parameter.grad)
     return loras.adapter_state(model)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe_text", "gpt_oss", "nemotron_h"])
+def test_adapters_on_a_4_bit_base_equal_those_on_its_dequantised_weights(family: str):
+    quant, plain = build(family), build(family)
+    items = quantisation.plan(quant, NF4())
+    assert {item.kind for item in items} == {"linear", "experts"}
+    quantisation.apply(quant, items, NF4())
+    with torch.no_grad():
+        for item in items:
+            dense = plain.get_submodule(item.path).get_parameter(item.leaf)
+            owner = quant.get_submodule(item.path)
+            quantisation.store(owner, item.leaf, dense)
+            dense.copy_(dequantise(quantisation.nf4_of(owner, item.leaf)))
+    outs = []
+    for model in (quant, plain):
+        loras.attach(model, LoRA(r=4, targets=ALL))
+        scatter(model)
+        out = model(input_ids=tokens(2, 9), use_cache=False).logits
+        out.log_softmax(-1)[..., 5].mean().backward()
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        outs.append({"logits": out.detach(), **grads_in_peft_names(model)})
+    assert outs[0].keys() == outs[1].keys()
+    for name, value in outs[1].items():
+        assert torch.allclose(outs[0][name], value, rtol=1e-4, atol=1e-6), name
 
 
 # --- what attaching leaves behind ------------------------------------------------------------------------------------
@@ -317,3 +351,75 @@ def test_attaching_to_experts_makes_them_ft_experts():
     assert all(m.config._experts_implementation != "ft" for m in expert_modules(model).values())
     loras.attach(model, LoRA(targets=("experts",)))
     assert all(m.config._experts_implementation == "ft" for m in expert_modules(model).values())
+
+
+# --- sharded ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_hold_shards_of_the_same_adapters(tmp_path: Path):
+    """FSDP2 over gloo: attached on meta, sharded, filled: the whole state, logits and gradients are one process's."""
+    lora = LoRA(r=4, targets=("experts",))  # without linears, so that no rank imports peft
+    model = build("olmoe")
+    loras.attach(model, lora)
+    loras.init(model, 5)
+    started = loras.adapter_state(model)
+    scatter(model)
+    mean_loss(model, both=True).backward()
+    expected = {"logits": logits(model), **grads_in_peft_names(model)}
+    torch.save(build("olmoe").state_dict(), tmp_path / "base")
+    torch.multiprocessing.spawn(_rank, (tmp_path, lora), nprocs=2)
+    got = torch.load(tmp_path / "got", weights_only=True)
+    assert got["started"].keys() == started.keys()
+    assert all(torch.equal(got["started"][n], started[n]) for n in started)
+    assert got["sharded"] == [4, 4]  # of 8 experts, A and B
+    del got["started"], got["sharded"]
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(got[name], value, rtol=1e-4, atol=1e-6), name
+
+
+def mean_loss(model: Any, *, both: bool, rank: int = 0) -> Tensor:
+    rows = tokens(2, 9) if both else tokens(2, 9)[rank : rank + 1]
+    return model(input_ids=rows, use_cache=False).logits.log_softmax(-1)[..., 5].mean()
+
+
+def _rank(rank: int, folder: Path, lora: LoRA) -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    try:
+        with torch.device("meta"):
+            model = model_class("olmoe")(config("olmoe")).eval()
+        loras.attach(model, lora)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        model.to_empty(device="cpu")
+        _fill(model, torch.load(folder / "base", weights_only=True))
+        loras.init(model, 5)
+        started = loras.adapter_state(model)
+        experts = model.model.layers[0].mlp.experts.ft_lora
+        sharded = [p.to_local().shape[0] for p in (experts.down_proj_A, experts.down_proj_B)]
+        with loras.disabled(model):
+            logits(model)  # the first use of every parameter
+        scatter(model)
+        mean_loss(model, both=False, rank=rank).backward()
+        got = {"logits": logits(model), **grads_in_peft_names(model), "started": started, "sharded": sharded}
+        if rank == 0:
+            torch.save(got, folder / "got")
+    finally:
+        dist.destroy_process_group()
+
+
+def _fill(model: Any, base: dict[str, Tensor]) -> None:
+    from torch.distributed.tensor import distribute_tensor
+
+    for name, parameter in model.named_parameters():
+        if name in base:
+            whole = distribute_tensor(base[name], parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.data.to_local().copy_(whole.to_local())
+    fresh = build("olmoe")
+    for (_, buffer), (_, value) in zip(model.named_buffers(), fresh.named_buffers(), strict=True):
+        buffer.copy_(value)

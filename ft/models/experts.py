@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ft.errors import ModelError
-from ft.kernels.experts import Factors, Impl, LoRA, Params, Stack, experts
+from ft.kernels.experts import Factors, Impl, LoRA, Params, Stack, check_impl, experts
 from ft.models.quant import nf4_of, quantised
 
 NAME = "ft"  # what config._experts_implementation says
@@ -29,9 +29,10 @@ def use_ft_experts(model: Any, impl: Impl = "auto") -> None:
         module.ft_impl = impl
     if not modules:
         return
+    check_impl(impl)
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
     model.set_experts_implementation(NAME)
     deaf = [name for name, module in modules.items() if module.config._experts_implementation != NAME]
     if deaf:
@@ -76,7 +77,8 @@ def _parameter(shape: tuple[int, ...], device: torch.device | str) -> nn.Paramet
     return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
 
 
-def _forward(module: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+def forward(module: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """What transformers calls: out_TD of one experts module, its LoRA included."""
     up, down = stack_names(module)
     act = module._apply_gate if module.has_gate else module.act_fn
     params = Params(up=_stack(module, up), down=_stack(module, down), act=act)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ft.errors import ModelError, RecipeError
+from ft.io.stream import Entry
 from ft.models.experts import NAME, ExpertLoRA, expert_modules, stack_names, stack_shape, use_ft_experts
 from ft.models.targets import adaptable, resolve, shortest
 from ft.recipe import LoRA
@@ -195,8 +196,20 @@ def full(t: Tensor) -> Tensor:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters in peft's names and layout, gathered whole."""
-    return {slot.key: slot.to_peft(full(slot.parameter)).contiguous() for slot in _slots(model)}
+    """The adapters in peft's names and layout, gathered whole: copies."""
+    return {s.key: s.to_peft(full(s.parameter)).clone(memory_format=torch.contiguous_format) for s in _slots(model)}
+
+
+def adapter_entries(model: nn.Module) -> list[Entry]:
+    """The same, to be written: each is gathered when its turn comes."""
+
+    def entry(slot: _Slot) -> Entry:
+        def get() -> Tensor:
+            return slot.to_peft(full(slot.parameter)).contiguous()
+
+        return Entry(name=slot.key, shape=slot.peft_shape, dtype=slot.parameter.dtype, get=get)
+
+    return [entry(slot) for slot in _slots(model)]
 
 
 def adapter_config(attached: Attached, base: str) -> dict[str, Any]:

@@ -25,16 +25,18 @@ from torch import nn
 
 from ft.errors import ModelError
 from ft.models.experts import expert_modules, stack_names
+from ft.models.quant import is_router
 
 EVERYTHING = "all-linear"
 GROUPS = ("attention", "mlp", "shared_experts", "experts", EVERYTHING)
 
-_ROUTER = frozenset({"gate", "router", "wg", "shared_expert_gate", "indexer"})
 _TOWER = re.compile(r"vis(ion|ual)|audio")
 _MIXER = re.compile(r"attn|attention|mamba")
 _DENSE = frozenset({"mlp", "feed_forward", "ffn"})
-_MIXER_LEAVES = {**dict.fromkeys(("up_proj", "gate_proj", "down_proj"), "mlp")}
-_MIXER_LEAVES |= dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj"), "attention")
+_IN_MIXER = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
 
 
 @frozen(kw_only=True)
@@ -62,14 +64,14 @@ def adaptable(model: Any) -> Weights:
 
 def _group(path: Sequence[str]) -> str:
     *parents, leaf = path
-    if _ROUTER.intersection(path) or any(_TOWER.match(part) for part in parents):
+    if is_router(".".join(path)) or any(_TOWER.match(part) for part in parents):
         return ""
     if any(part.startswith(("shared_expert", "shared_mlp")) for part in parents):
         return "shared_experts"
     if any(_MIXER.search(part) for part in parents):
         return "attention"
     if "mixer" in parents:  # one name for what a layer does, whatever that is
-        return _MIXER_LEAVES.get(leaf, EVERYTHING)
+        return next((group for group, leaves in _IN_MIXER.items() if leaf in leaves), EVERYTHING)
     return "mlp" if _DENSE.intersection(parents) else EVERYTHING
 
 
@@ -98,8 +100,7 @@ def _means(target: str, name: str, group: str) -> bool:
         return bool(group) and target in (group, EVERYTHING)
     if name != target and not name.endswith(f".{target}"):
         return False
-    hidden = _ROUTER.intersection(name.split("."))  # "proj" is not enough to mean "router.proj"
-    return not hidden or name == target or bool(hidden.intersection(target.split(".")))
+    return not is_router(name) or is_router(target)  # "proj" is not enough to mean "router.proj"
 
 
 def _nothing(target: str, names: Mapping[str, str]) -> ModelError:

@@ -79,13 +79,18 @@ def experts(
     Gradients reach hidden_TD, weight_TK, LoRA's factors, and weights and biases that require them. Frozen weights get
     none, and NF4 ones are dequantised again in backward instead of kept. Once differentiable.
     """
-    if impl == "triton":
-        raise RecipeError(
-            "routed experts have no Triton kernel", where="model.kernels", got="triton", fix="use auto or torch"
-        )
+    check_impl(impl)
     from ft.kernels.experts import torch as torch_impl
 
     return torch_impl.experts(hidden_TD, index_TK, weight_TK, params, lora or LoRA())
 
 
-__all__ = ["Factors", "Impl", "LoRA", "Params", "Stack", "experts"]
+def check_impl(impl: Impl) -> None:
+    """Raises: RecipeError, where the implementation asked for does not exist."""
+    if impl == "triton":
+        raise RecipeError(
+            "routed experts have no Triton kernel", where="model.kernels", got="triton", fix="use auto or torch"
+        )
+
+
+__all__ = ["Factors", "Impl", "LoRA", "Params", "Stack", "check_impl", "experts"]

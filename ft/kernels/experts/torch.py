@@ -7,7 +7,7 @@ of one expert is a plain matrix product, and an NF4 stack is dequantised one exp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,8 +30,8 @@ def experts(
     dtype = hidden_TD.dtype if isinstance(weight, NF4Tensor) else weight.dtype
     looped = engine == "loop" or (engine == "auto" and not _groups(hidden_TD.device, dtype, params))
     route = sort(index_TK, weight.shape[0], looped=looped)
-    up, up_tensors = _split(params.up, lora.up, dtype, padded=not looped)
-    down, down_tensors = _split(params.down, lora.down, dtype, padded=not looped)
+    up, up_tensors = _split(params.up, lora.up, dtype, looped=looped)
+    down, down_tensors = _split(params.down, lora.down, dtype, looped=looped)
     plan = _Plan(route=route, up=up, down=down, act=params.act)
     out_TD: Any = _Experts.apply(plan, hidden_TD.to(dtype), weight_TK, *up_tensors, *down_tensors)
     return out_TD.to(hidden_TD.dtype)
@@ -43,18 +43,23 @@ def _groups(device: torch.device, dtype: torch.dtype, params: Params) -> bool:
     return device.type != "cpu" and dtype != torch.float64 and all(n * dtype.itemsize % 16 == 0 for n in widths)
 
 
-def _split(stack: Stack, lora: Factors | None, dtype: torch.dtype, *, padded: bool) -> tuple[_Kind, _Tensors]:
+def _split(stack: Stack, lora: Factors | None, dtype: torch.dtype, *, looped: bool) -> tuple[_Kind, _Tensors]:
     """A projection as what autograd need not see and the four tensors that it may differentiate."""
     quantised = stack.weight if isinstance(stack.weight, NF4Tensor) else None
     weight = stack.weight if isinstance(stack.weight, Tensor) else None
     kind = _Kind(quantised=quantised, transposed=stack.transposed, scaling=lora.scaling if lora else 0.0)
     bias_EM = None if stack.bias_EM is None else stack.bias_EM.to(dtype)
-    return kind, (weight, bias_EM, *(_factors(lora, dtype, padded=padded) if lora else (None, None)))
+    return kind, (weight, bias_EM, *(_factors(lora, dtype, looped=looped) if lora else (None, None)))
 
 
-def _factors(lora: Factors, dtype: torch.dtype, *, padded: bool) -> tuple[Tensor, Tensor]:
-    """A and B in the compute dtype; ranks padded with zeros to the 16 bytes that grouped_mm wants."""
-    missing = -lora.A_ErN.shape[1] % (16 // dtype.itemsize) if padded else 0
+def _factors(lora: Factors, dtype: torch.dtype, *, looped: bool) -> tuple[Tensor, Tensor]:
+    """A and B in the type their products are made in.
+
+    In the loop that is float32 at least: rank-sized products of 16-bit matrices are ten times slower on a CPU.
+    grouped_mm takes one type, and ranks of 16 bytes' multiples: it gets zeros to fill up.
+    """
+    dtype = torch.promote_types(torch.float32, dtype) if looped else dtype
+    missing = 0 if looped else -lora.A_ErN.shape[1] % (16 // dtype.itemsize)
     A_ErN, B_EMr = lora.A_ErN.to(dtype), lora.B_EMr.to(dtype)
     return (F.pad(A_ErN, (0, 0, 0, missing)), F.pad(B_EMr, (0, missing))) if missing else (A_ErN, B_EMr)
 
@@ -71,7 +76,8 @@ class Route:
     expert_R: Tensor
     row_TK: Tensor  # the row of each slot: the inverse of slot_R
     ends_E: Tensor  # int32; expert e owns rows ends_E[e - 1] : ends_E[e]
-    blocks: tuple[tuple[int, int, int], ...] | None  # (expert, first, end) on the host; None for grouped_mm
+    hit: tuple[int, ...] | None  # experts with rows, on the host, and how many; None for grouped_mm
+    rows: tuple[int, ...] | None
 
 
 def sort(index_TK: Tensor, experts: int, *, looped: bool) -> Route:
@@ -81,18 +87,16 @@ def sort(index_TK: Tensor, experts: int, *, looped: bool) -> Route:
     row_R[slot_R] = torch.arange(slot_R.numel(), device=slot_R.device)
     ids_E = torch.arange(experts, device=expert_R.device, dtype=expert_R.dtype)
     ends_E = torch.searchsorted(expert_R, ids_E, right=True, out_int32=True)
+    counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist() if looped else None
     return Route(
         token_R=slot_R // index_TK.shape[1],
         slot_R=slot_R,
         expert_R=expert_R,
         row_TK=row_R.view_as(index_TK),
         ends_E=ends_E,
-        blocks=_blocks(ends_E.tolist()) if looped else None,
+        hit=None if counts is None else tuple(e for e, n in enumerate(counts) if n),
+        rows=None if counts is None else tuple(n for n in counts if n),
     )
-
-
-def _blocks(ends: list[int]) -> tuple[tuple[int, int, int], ...]:
-    return tuple((e, a, b) for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a)
 
 
 def combine(y_RD: Tensor, weight_TK: Tensor | None, route: Route) -> Tensor:
@@ -111,34 +115,42 @@ def times(
     x_RN: Tensor, w: Weights, route: Route, *, flip: bool, into: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
     """x_r W_e for each row, W_e = ``w[e]`` (``w[e]^T`` with ``flip``); ``into`` has scale * that added in place."""
-    if route.blocks is None:
+    if route.hit is None or route.rows is None:
         w = dequantise(w, x_RN.dtype) if isinstance(w, NF4Tensor) else w
         y_RM = F.grouped_mm(x_RN, w.mT if flip else w, offs=route.ends_E)
         return y_RM if into is None else into.add_(y_RM, alpha=scale)
-    out_RM = x_RN.new_empty(len(x_RN), w.shape[1 if flip else 2]) if into is None else into
-    if isinstance(w, NF4Tensor) and w.shape[1] * w.shape[2] % w.block:  # a scale straddles two experts
-        w = dequantise(w, x_RN.dtype)
-    for e, a, b in route.blocks:
-        w_e = _matrix(w, e, x_RN.dtype)
-        w_e = w_e.t() if flip else w_e
+    dtype = w.dtype if isinstance(w, Tensor) else x_RN.dtype
+    out_RM = x_RN.new_empty(len(x_RN), w.shape[1 if flip else 2], dtype=dtype) if into is None else into
+    pieces = zip(x_RN.split(route.rows), _matrices(w, route.hit, x_RN.dtype), out_RM.split(route.rows), strict=True)
+    for x, w_e, out in pieces:
+        x, w_e = x.to(dtype), w_e.t() if flip else w_e
         if into is None:
-            torch.mm(x_RN[a:b], w_e, out=out_RM[a:b])
+            torch.mm(x, w_e, out=out)
+        elif out.dtype == dtype:
+            out.addmm_(x, w_e, alpha=scale)
         else:
-            out_RM[a:b].addmm_(x_RN[a:b], w_e, alpha=scale)
+            out.add_(x @ w_e, alpha=scale)
     return out_RM
 
 
-def _matrix(w: Weights, e: int, dtype: torch.dtype) -> Tensor:
-    return dequantise(slice_rows(w, e, e + 1), dtype)[0] if isinstance(w, NF4Tensor) else w[e]
+def _matrices(w: Weights, hit: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
+    """The matrices of some experts; of an NF4 stack one exists at a time, unless a scale straddles two."""
+    if isinstance(w, NF4Tensor) and w.shape[1] * w.shape[2] % w.block == 0:
+        yield from (dequantise(slice_rows(w, e, e + 1), dtype)[0] for e in hit)
+    else:
+        matrices = (dequantise(w, dtype) if isinstance(w, NF4Tensor) else w).unbind()
+        yield from (matrices[e] for e in hit)
 
 
 def outer(g_RM: Tensor, x_RN: Tensor, route: Route) -> Tensor:
     """sum over each expert's rows of g_r x_r^T: (E, M, N), zero for an expert without rows."""
-    if route.blocks is None:
+    if route.hit is None or route.rows is None:
         return F.grouped_mm(g_RM.t(), x_RN, offs=route.ends_E)
-    out_EMN = g_RM.new_zeros(len(route.ends_E), g_RM.shape[1], x_RN.shape[1])
-    for e, a, b in route.blocks:
-        torch.mm(g_RM[a:b].t(), x_RN[a:b], out=out_EMN[e])
+    dtype = torch.promote_types(g_RM.dtype, x_RN.dtype)
+    out_EMN = g_RM.new_zeros(len(route.ends_E), g_RM.shape[1], x_RN.shape[1], dtype=dtype)
+    outs = out_EMN.unbind()
+    for e, g, x in zip(route.hit, g_RM.split(route.rows), x_RN.split(route.rows), strict=True):
+        torch.mm(g.t().to(dtype), x.to(dtype), out=outs[e])
     return out_EMN
 
 
