@@ -1,0 +1,346 @@
+"""Trying early what could fail late: `ft check` prints one line per item, then go or no-go.
+
+Nothing is written into the run folder. Items that need what an earlier one could not give are left out, and said so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+import torch
+from attrs import define, evolve, field, frozen
+from rich.text import Text
+
+from ft import dist
+from ft.data.dataset import Prepared
+from ft.data.pack import pack
+from ft.errors import CapacityError, CheckpointError, FtError, MissingFileError, RecipeError, RunFolderError
+from ft.io import checkpoint
+from ft.io.adapter import load_adapter
+from ft.io.convert import Plan, make_plan
+from ft.io.runfolder import RECIPE, claim, diff, has_checkpoints, is_free
+from ft.io.weights import ModelFolder, Weights, open_weights, resolve
+from ft.models import experts, load, lora, memory, quant
+from ft.models.build import freeze
+from ft.models.mapping import extras, route_for
+from ft.recipe import Recipe, dump, run_folder, total_steps
+from ft.train import keep, optim, setup
+from ft.train.inspect import oddities, prepared
+from ft.train.trial import longest, try_step
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+T = TypeVar("T")
+MOMENTS = {32: 8, 8: 2}  # bytes of AdamW's two moments of one weight, by optim.bits
+PLACES = {"cuda": "this GPU", "cpu": "this machine"}
+STYLES = {"ok": "green", "warning": "bold yellow", "FAIL": "bold red", "left out": "dim"}
+
+
+@frozen(kw_only=True)
+class Found(Generic[T]):
+    """What an item found: the line's text, a value that later items use, and what is odd."""
+
+    text: str
+    value: T
+    warnings: tuple[str, ...] = ()
+
+
+@define
+class Sheet:
+    """The lines so far."""
+
+    console: Console
+    verdicts: list[str] = field(factory=list)
+
+    def line(self, verdict: str, name: str, text: str) -> None:
+        self.verdicts.append(verdict)
+        first, *rest = text.splitlines() or [""]
+        head = Text.assemble((f"{verdict:<8} ", STYLES[verdict]), (f"{name:<14} ", "bold"), first)
+        self.console.print(head, soft_wrap=True)
+        for more in rest:
+            self.console.print(Text(" " * 24 + more), soft_wrap=True)
+
+    def attempt(self, name: str, act: Callable[[], Found[T]]) -> T | None:
+        """One item; an error of the user's is its line, and None its value."""
+        try:
+            found = act()
+        except FtError as error:
+            self.line("FAIL", name, error.message)
+            return None
+        self.line("ok", name, found.text)
+        for warning in found.warnings:
+            self.line("warning", name, warning)
+        return found.value
+
+    @property
+    def failed(self) -> int:
+        return self.verdicts.count("FAIL")
+
+    def left_out(self, name: str, why: str) -> None:
+        self.line("left out", name, why)
+
+
+def check(recipe: Recipe, console: Console, *, available: int | None = None) -> bool:
+    """Try everything that a run of ``recipe`` needs; True is go.
+
+    Args:
+        available: bytes of memory that a rank may use; by default what this machine has free now.
+    """
+    sheet = Sheet(console)
+    sheet.attempt("recipe", lambda: _recipe(recipe))
+    sheet.attempt("trackers", lambda: _trackers(recipe))
+    sheet.attempt("run folder", lambda: _run_folder(recipe))
+    folder = sheet.attempt("model folder", lambda: _model_folder(recipe))
+    tokenizer = sheet.attempt("tokenizer", lambda: _tokenizer(recipe, folder))
+    rows = None
+    if tokenizer is None:
+        sheet.left_out("rows", "without a tokenizer there are no tokens")
+    else:
+        rows = _data(recipe, tokenizer, sheet)
+    trial = _model(recipe, folder, tokenizer, sheet, available)
+    if rows is None or tokenizer is None:
+        sheet.left_out("one step", "without rows there is nothing to train on")
+    elif trial == "none":
+        sheet.left_out("one step", "without a model there is nothing to train")
+    else:
+        sheet.attempt("one step", lambda: _step(recipe, trial == "real", folder, tokenizer, rows))
+    return _verdict(sheet)
+
+
+def _model(
+    recipe: Recipe, folder: ModelFolder | None, tokenizer: Any, sheet: Sheet, available: int | None
+) -> Literal["real", "look-alike", "none"]:
+    """Everything about the model that takes no memory; returns what one step can be tried with."""
+    if tokenizer is None or (folder is None and not recipe.model.tiny):
+        sheet.left_out("model", "there is no model folder to look into")
+        return "none" if recipe.model.family is None else "look-alike"
+    shape = sheet.attempt("model", lambda: _shape(recipe, folder, tokenizer))
+    if shape is None:
+        return "none"
+    before = sheet.failed
+    if recipe.model.tiny or folder is None:
+        sheet.left_out("weights", "a rehearsal starts from random ones")
+    else:
+        sheet.attempt("weights", lambda: _names(shape, folder))
+    sheet.attempt("memory", lambda: _memory(recipe, shape, available))
+    trial = "real" if sheet.failed == before else "look-alike"
+    sheet.attempt("disk", lambda: _disk(recipe, shape))
+    return trial
+
+
+def _verdict(sheet: Sheet) -> bool:
+    failed, odd = sheet.failed, sheet.verdicts.count("warning")
+    items = len(sheet.verdicts) - odd
+    warned = f" ({odd} warning{'s' * (odd > 1)})" if odd else ""
+    if failed:
+        sheet.console.print(Text(f"no-go: {failed} of {items} items failed{warned}", STYLES["FAIL"]))
+    else:
+        sheet.console.print(Text(f"go{warned}", STYLES["ok"]))
+    return not failed
+
+
+# What costs nothing ---------------------------------------------------------------------------------------------------
+
+
+def _recipe(recipe: Recipe) -> Found[None]:
+    json.dumps(dump(recipe))
+    kind = "all weights" if recipe.adapter is None else f"LoRA r={recipe.adapter.r}"
+    held = " in NF4" if recipe.model.quant else ""
+    tiny = ", a rehearsal" if recipe.model.tiny else ""
+    text = f"{type(recipe.method).__name__} of {recipe.model.id}{held}, {kind}{tiny}"
+    if recipe.optim.bits == 8 and find_spec("torchao") is None:
+        raise RecipeError("8-bit moments need torchao, which is not installed", where="optim.bits",
+                          fix="pip install 'ft[optim]', or optim.bits=32")  # fmt: skip
+    return Found(text=text, value=None)
+
+
+def _trackers(recipe: Recipe) -> Found[None]:
+    missing = [name for name in recipe.log.sinks if find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"not installed: {', '.join(missing)}", where="log.sinks", fix="pip install 'ft[trackers]'")
+    return Found(text=", ".join(("metrics.jsonl", *recipe.log.sinks)), value=None)
+
+
+def _run_folder(recipe: Recipe) -> Found[None]:
+    """Free, or holding a run that this recipe can take up."""
+    folder = run_folder(recipe)
+    _writable(folder)
+    if not has_checkpoints(folder):
+        claim(folder, resume=False)
+        return Found(text=f"{folder} is free", value=None)
+    warnings: list[str] = []
+    newest = checkpoint.load_latest(folder, notice=warnings.append)
+    old = _recorded(folder / RECIPE)
+    new = json.loads(json.dumps(dump(recipe), default=str))
+    fixed = [path for path in diff(old, new) if not is_free(path)]
+    if fixed:
+        raise CheckpointError(
+            f"the folder holds another run; {', '.join(fixed[:5])} differ from its recipe",
+            where=str(folder),
+            fix=f"choose another folder with save.dir=..., or delete {folder}",
+        )
+    at = newest.step if newest else 0
+    warnings.append(f"only `ft run --resume` will use {folder}: it goes on after step {at}")
+    return Found(text=f"{folder} holds this run, saved at step {at}", value=None, warnings=tuple(warnings))
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunFolderError("a file of the run cannot be read", where=str(path), got=str(error),
+                             fix="restore it from a copy") from error  # fmt: skip
+
+
+def _writable(folder: Path) -> None:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise CapacityError("the run folder cannot be written", where=str(folder), fix="name another with save.dir=...")
+
+
+def _model_folder(recipe: Recipe) -> Found[ModelFolder | None]:
+    """The folder; only small files are fetched here where the hub has to be asked."""
+    model = recipe.model
+    try:
+        folder = resolve(model.id, model.revision, weights=False)
+    except FtError:
+        if not model.tiny:
+            raise
+        return Found(text=f"{model.id} is not at hand; a rehearsal goes on without", value=None)
+    return Found(text=f"{folder.path}" + (f" at {folder.commit}" if folder.commit else ""), value=folder)
+
+
+def _tokenizer(recipe: Recipe, folder: ModelFolder | None) -> Found[Any]:
+    """The model's own; where the folder is missing, bytes stand in, so that the rows can be looked at all the same."""
+    template = recipe.model.template
+    if template is not None and not template.is_file():
+        raise MissingFileError("the chat template does not exist", where=str(template), fix="correct model.template")
+    said: list[str] = []
+    tiny = recipe if folder is not None else evolve(recipe, model=evolve(recipe.model, tiny=True))
+    tokenizer, _ = setup.tokenizer_of(tiny, said.append)
+    stand_in = () if recipe.model.tiny or folder is not None else ("bytes stand in for it: lengths are not the run's",)
+    return Found(text=said[0] if said else f"{len(tokenizer):,} tokens", value=tokenizer, warnings=stand_in)
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def _data(recipe: Recipe, tokenizer: Any, sheet: Sheet) -> Prepared | None:
+    """Training and held-out rows, rendered, masked and cut as a run would."""
+    train = sheet.attempt("training rows", lambda: _rows(recipe, tokenizer, held_out=False))
+    if recipe.data.eval:
+        sheet.attempt("held-out rows", lambda: _rows(recipe, tokenizer, held_out=True))
+    if train is not None:
+        share = train.report.trained / max(1, train.report.tokens)
+        odd = tuple(oddities(train, tokenizer, recipe))
+        text = f"proven on all {train.report.kept:,} rows; {share:.1%} of the tokens are trained"
+        sheet.attempt("masks", lambda: Found(text=text, value=None, warnings=odd))
+    return train
+
+
+def _rows(recipe: Recipe, tokenizer: Any, *, held_out: bool) -> Found[Prepared]:
+    data = prepared(recipe, recipe.data.eval if held_out else recipe.data.train, tokenizer, lambda line: None)
+    pack(longest(data, tokens=recipe.batch.tokens, examples=recipe.batch.examples), tokens=recipe.batch.tokens)
+    text = data.report.lines()[0].removeprefix("rows: ") + f"; the longest has {data.report.longest:,} tokens"
+    if not held_out:
+        text += f"; {total_steps(recipe, data.per_epoch):,} steps of {recipe.batch.examples} rows"
+    return Found(text=text, value=data)
+
+
+# The model, without memory --------------------------------------------------------------------------------------------
+
+
+@frozen(kw_only=True, eq=False)
+class Shape:
+    """The model as it will be held, on the meta device."""
+
+    net: Any
+    attached: lora.Attached | None
+    trained: dict[str, torch.nn.Parameter]
+
+
+def _shape(recipe: Recipe, folder: ModelFolder | None, tokenizer: Any) -> Found[Shape]:
+    """Config, quantised structure and adapters, as ``ft.models.build`` puts them together."""
+    model, adapter = recipe.model, recipe.adapter
+    config = setup.config_of(recipe, folder, vocab=len(tokenizer))
+    if adapter is None and model.quant is not None:
+        raise RecipeError("quantised weights cannot be trained", where="model.quant",
+                          fix="set model.quant=none, or train adapters: adapter=LoRA(...)")  # fmt: skip
+    net = load.skeleton(config, model if adapter else evolve(model, dtype="float32"))
+    if model.quant is not None:
+        quant.apply(net, quant.plan(net, model.quant), model.quant)
+    experts.use_ft_experts(net, model.kernels)
+    attached = lora.attach(net, adapter) if adapter else None
+    if adapter is None:
+        freeze(net, model.frozen)
+    elif adapter.init is not None:
+        load_adapter(adapter.init)
+    trained = optim.trained(net)
+    text = f"{type(net).__name__}; {sum(p.numel() for p in trained.values()):,} of "
+    text += f"{sum(row.elements for row in quant.table(net)):,} parameters trained"
+    if attached is not None:
+        text += f", on {len(attached.linears)} linear layers and {len(attached.stacks)} stacks of experts"
+    return Found(text=text, value=Shape(net=net, attached=attached, trained=trained))
+
+
+def _names(shape: Shape, folder: ModelFolder) -> Found[None]:
+    """Every tensor that the model needs is stored, in its shape, and nothing is left over. Headers alone are read."""
+    weights = open_weights(folder.path)
+    plan = _plan(shape.net, weights, str(folder.path))
+    text = f"{len(plan.ops):,} tensors, {weights.total_bytes() / 1e9:.2f} GB, nothing missing"
+    return Found(text=text + (f"; {len(plan.dropped):,} left out on purpose" if plan.dropped else ""), value=None)
+
+
+def _plan(net: Any, weights: Weights, where: str) -> Plan:
+    """How ``load.fill`` would fill the model."""
+    table = load.slots(net)
+    to = route_for(net, {name: first for first, slot in table.items() for name in (first, *slot.tied)})
+    return make_plan(weights, load._present(weights, to, table), to, drop=extras(net), where=where)
+
+
+def _disk(recipe: Recipe, shape: Shape) -> Found[None]:
+    """Room for the checkpoints that are kept, the best, and the one being written."""
+    saved = shape.trained if shape.attached else keep.own_tensors(shape.net)
+    moments = sum(p.numel() for p in shape.trained.values()) * MOMENTS[recipe.optim.bits]
+    one = sum(t.numel() * t.element_size() for t in saved.values()) + moments
+    place, room = run_folder(recipe), (recipe.save.keep + 2) * one
+    checkpoint.preflight(place, room)
+    free = checkpoint.free_bytes(place)
+    return Found(
+        text=f"{one / 1e6:,.1f} MB a checkpoint, {room / 1e9:.2f} GB in all; {free / 1e9:.2f} GB free", value=None
+    )
+
+
+def _memory(recipe: Recipe, shape: Shape, available: int | None) -> Found[None]:
+    """Bytes of each rank by class, against what is free."""
+    device, (_, world) = dist.own_device(), dist.rank_from_env()
+    need = memory.estimate(recipe, shape.net.config, world=world)
+    have = memory.available(device) if available is None else available
+    sharing = 1 if device.type == "cuda" else world  # ranks on one machine share its memory, but not a GPU
+    memory.fits(need, have=have, ranks=sharing, rehearsal="the same command with --tiny", place=PLACES[device.type])
+    classes = [line.split(maxsplit=1) for line in need.lines()]
+    said = ", ".join(f"{name} {size}" for name, size in classes if name != "peak" and not size.startswith("0 "))
+    text = f"peak of about {memory.size(need.peak)} on each of {world} ranks ({said}); {memory.size(have)} free"
+    return Found(text=text.replace("each of 1 ranks", "one rank"), value=None)
+
+
+# One step -------------------------------------------------------------------------------------------------------------
+
+
+def _step(recipe: Recipe, real: bool, folder: ModelFolder | None, tokenizer: Any, rows: Prepared) -> Found[None]:
+    tried = try_step(recipe, real=real, folder=folder, tokenizer=tokenizer, rows=rows)
+    which = "the real model" if real and not recipe.model.tiny else "a random look-alike, not the real model"
+    text = (
+        f"with {which}: {tried.rows} rows, {tried.positions:,} tokens, {tried.seconds:.2f} s, "
+        f"peak {tried.peak / 1e9:.2f} GB, loss {tried.loss:.3f}; {tried.tensors:,} trained tensors, "
+        f"gradients finite; layout {tried.layout}"
+    )
+    odd = tuple(line for line in tried.said if "so rows are padded" in line)
+    return Found(text=text, value=None, warnings=odd)
