@@ -114,16 +114,17 @@ def adapter_elements(net: Any, adapter: LoRA) -> int:
 def passing(net: Any, recipe: Recipe) -> tuple[int, int]:
     """(activations, logits) of a micro-batch of T = ``batch.tokens`` positions, in bytes.
 
-    A layer keeps the input and output of each of its linear layers (those of the experts for K experts per token),
-    and float32 copies around its norms. With checkpointing every layer keeps its input only, and one layer at a time
-    is held in full together with its gradients. Of the logits there is one tile, and a float32 gradient per hidden
-    state; a trained head adds its own gradient, which is counted with the gradients.
+    A layer keeps the output of each linear layer (for the experts: input and output, K times), float32 copies around
+    its norms, and beside 16-bit weights the float32 input of each adapter. With checkpointing every layer keeps its
+    input only, and one is held in full, with gradients for half of it. Of the logits there is one tile, and a float32
+    gradient per hidden state; what a trained head adds is counted with the gradients.
     """
     T, D = recipe.batch.tokens, net.config.hidden_size
     width = getattr(torch, recipe.model.dtype).itemsize
-    depth = max(1, len(_layers(net)))
-    layer = T * (width * max((_flow(m) for m in _layers(net)), default=D) + NORM_BYTES * D)
-    kept = T * D * width * depth + 2 * layer if recipe.model.checkpointing else (depth + 1) * layer
+    casts = 4 if recipe.adapter is not None and width < 4 else 0
+    flows = [width * _outputs(m) + casts * _inputs(m) + NORM_BYTES * D for m in _layers(net)]
+    most = T * max(flows, default=0)
+    kept = T * D * width * len(flows) + most * 3 // 2 if recipe.model.checkpointing else T * sum(flows) + most // 2
     return kept, T * D * (4 + width) + TILE
 
 
@@ -131,9 +132,13 @@ def _layers(net: nn.Module) -> list[nn.Module]:
     return list(max((m for m in net.modules() if isinstance(m, nn.ModuleList)), key=len, default=()))
 
 
-def _flow(layer: nn.Module) -> int:
+def _inputs(layer: nn.Module) -> int:
+    return sum(m.in_features for m in layer.modules() if isinstance(m, nn.Linear))
+
+
+def _outputs(layer: nn.Module) -> int:
     """Values that one position leaves behind in a layer's linear layers and chosen experts."""
-    total = sum(m.in_features + m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
+    total = sum(m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
     for module in expert_modules(layer).values():
         shapes = [stack_shape(module, n) for n, p in module._parameters.items() if p is not None and p.ndim == 3]
         total += _top_k(module) * sum(M + N for _, M, N in shapes)
