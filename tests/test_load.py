@@ -21,11 +21,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, PreTrainedModel, Qwen3_5MoeForConditionalGeneration
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel, Qwen3_5MoeForConditionalGeneration
 
 from ft.errors import MissingFileError, ModelError
 from ft.io.weights import SINGLE, Memory, open_weights
 from ft.models import load, quant
+from ft.models.tiny import config_by_family
 from ft.recipe.parts import NF4, Model
 
 
@@ -109,6 +110,17 @@ def test_layers_for_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
     ours, report = loaded(tmp_path)
     same(ours, model)
     assert report.dropped == tuple(extra)
+
+
+@pytest.mark.skipif("inkling2_text" not in CONFIG_MAPPING, reason="this transformers does not know the family")
+def test_a_family_whose_operations_only_transformers_knows(tmp_path: Path) -> None:
+    """Its gate and up rows are stored interleaved."""
+    tiny_config = config_by_family("inkling2_text", 64)
+    torch.manual_seed(0)
+    model = load.causal_class(tiny_config)._from_config(tiny_config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    ours, _ = loaded(tmp_path)
+    same(ours, model)
 
 
 # --- what does not fit ----------------------------------------------------------------------------------------------

@@ -260,6 +260,16 @@ def test_what_does_not_fit_is_listed(
         plan(stored, **wanted)
 
 
+def test_computed_parameters_cannot_be_written_back() -> None:
+    halves = Rule(slots=("x",), stack=False, dim=None, make=lambda target: lambda columns: columns[0][0] / 2)
+    stored = Memory(tensors={"x": torch.tensor([2.0, 4.0, 6.0])})
+    op = make_plan(stored, {"half": (3,)}, lambda name: Route(target="half", rule=halves)).ops["half"]
+    assert evaluate(op, stored).tolist() == [1.0, 2.0, 3.0]
+    assert evaluate(op, stored, 1, 2).tolist() == [2.0]
+    with pytest.raises(ModelError, match="cannot be written back"):
+        invert(op, evaluate(op, stored))
+
+
 def test_long_lists_are_cut_and_counted() -> None:
     with pytest.raises(ModelError) as e:
         plan({f"x{i:02d}": torch.zeros(1) for i in range(25)})

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
+from ft.errors import ModelError
 from ft.io.convert import Route, Rule
 
 # Prefixes under which folders of vision-language models keep the language model.
@@ -66,6 +67,11 @@ def _convert(name: str, rules: Sequence[tuple[WeightConverter, Rule]]) -> Route:
     for converter, rule in rules:
         target, pattern = converter.rename_source_key(name)
         if pattern is not None:
+            if len(converter.target_patterns) > 1:
+                raise ModelError(
+                    "this family stores several parameters as one tensor, which ft cannot take apart", where=name,
+                    fix="load the folder with transformers and store its state_dict() as safetensors",
+                )  # fmt: skip
             index = re.search(pattern.replace("*", r"(\d+)"), name) if "*" in pattern else None
             return Route(
                 target=target,

@@ -212,10 +212,13 @@ def fits(need: Estimate, *, have: int, ranks: int = 1, rehearsal: str = "", plac
         where="model",
         expected=f"{size(total)} free{each}: {_biggest(need)}",
         got=f"{size(have)}",
-        fix="; or ".join(
-            ["Model(quant=NF4()), more ranks or fewer batch.tokens", *([f"rehearse: {rehearsal}"] * bool(rehearsal))]
-        ),
+        fix=_advice(need, rehearsal),
     )
+
+
+def _advice(need: Estimate, rehearsal: str) -> str:
+    quantise = [] if "nf4" in need.by_dtype else ["model.quant=NF4() with an adapter"]
+    return ", ".join([*quantise, "more ranks", "a smaller batch.tokens"]) + (f"; or {rehearsal}" if rehearsal else "")
 
 
 def _biggest(need: Estimate) -> str:
