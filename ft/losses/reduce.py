@@ -60,6 +60,17 @@ def detached(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in sums.items()}
 
 
+def pair_sums(chosen_P: Tensor, rejected_P: Tensor, count: Count) -> dict[str, Tensor]:
+    """Shares of the rewards of pairs: their means, the margin, and how often the chosen one is strictly the higher."""
+    chosen_P, rejected_P = chosen_P.detach(), rejected_P.detach()
+    return {
+        "rewards/chosen": mean_share(chosen_P, count),
+        "rewards/rejected": mean_share(rejected_P, count),
+        "rewards/margins": mean_share(chosen_P - rejected_P, count),
+        "rewards/accuracies": mean_share(chosen_P > rejected_P, count),
+    }
+
+
 def check_same(what: str, /, **tensors: Tensor | None) -> None:
     """Refuse tensors that are not of one 1-D shape: broadcasting would give a number, and a wrong one."""
     shapes = {name: tuple(t.shape) for name, t in tensors.items() if t is not None}
