@@ -1,25 +1,45 @@
 # Every target makes .venv when it is missing. torch is pinned first: a looser range may pull gigabytes of CUDA.
 PY ?= python3
-BIN := .venv/bin
 TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/pip install -q --disable-pip-version-check
+SMOLLM2 := HuggingFaceTB/SmolLM2-135M-Instruct
 export FT_MODELS ?= models
 
 .PHONY: demo test check bench models clean
 
-.venv/.test: pyproject.toml
-	@test -x $(BIN)/python || $(PY) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
-	@touch $@
+demo: .venv/.test models  ## the flagship rehearsed, and SmolLM2 learning to add: under ten minutes on two cores
+	$(BIN)/python bench/demo.py
 
-.venv/.bench: .venv/.test
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[bench]'
-	@touch $@
+test: .venv/.test  ## all tests that need no GPU
+	$(BIN)/pytest -n 2 -m "not gpu"
 
-check: .venv/.test
+check: .venv/.test  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-test: .venv/.test
-	$(BIN)/pytest -n 2 -m "not gpu"
+bench: .venv/.bench models  ## everything in bench/, side by side with peers
+	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/data.py --model $(FT_MODELS)/$(SMOLLM2)
+	$(BIN)/python bench/logprobs.py
+	$(BIN)/python bench/experts.py
+	$(BIN)/python bench/sft.py --model $(FT_MODELS)/$(SMOLLM2)
+
+models: $(FT_MODELS)/$(SMOLLM2)/config.json  ## the real model of the demonstration
+
+$(FT_MODELS)/$(SMOLLM2)/config.json: | .venv/.test
+	$(BIN)/python bench/fetch_smollm2.py
+
+.venv/.test: pyproject.toml
+	test -x $(BIN)/python || $(PY) -m venv .venv
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[test]'
+	touch $@
+
+.venv/.bench: .venv/.test
+	$(PIP) -e '.[bench]'
+	touch $@
+
+clean:
+	rm -rf .venv runs .ft-cache

@@ -7,10 +7,10 @@ recipe = Recipe(
     adapter=LoRA(r=16, alpha=32.0, targets=("attention", "mlp")),
     data=Data(train="recipes/data/sums.train.jsonl", eval="recipes/data/sums.eval.jsonl", max_tokens=256),
     method=SFT(),
-    optim=AdamW(lr=2e-3),
+    optim=AdamW(lr=1e-3),
     schedule=Cosine(warmup=0.05, floor=0.05),
     batch=Batching(examples=16, tokens=1024),
     eval=Eval(every=0),
     save=Save(every=32),
-    epochs=1.0,
+    steps=48,
 )

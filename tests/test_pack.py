@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ft.data.pack import FILLER, collate, count, pack, positions, segment_sum, shard
+from ft.data.pack import FILLER, collate, count, pack, pack_rows, positions, segment_sum, shard
 from ft.errors import DataError
 from ft.types import Counts, Example
 
@@ -184,3 +184,16 @@ def test_segment_sum_keeps_float32_and_more():
     assert segment_sum(ones, torch.zeros(1000, dtype=torch.int64), 1).tolist() == [1000]
     assert segment_sum(ones.double(), torch.zeros(1000, dtype=torch.int64), 1).dtype == torch.float64
     assert segment_sum(torch.ones(3, 2), torch.tensor([0, 1, 1]), 2).tolist() == [[1, 1], [2, 2]]
+
+
+def test_padded_rows_fill_a_rectangle_of_the_budget_at_most():
+    def row(length: int, unit: int | None = None) -> Example:
+        tokens, mask = np.zeros(length, np.int32), np.ones(length, bool)
+        return Example(tokens_L=tokens, mask_L=mask, unit=unit)
+
+    # positions 10, 9, 4, 3, 3, 1 under a budget of 20: [10, 9] fills 20; [4, 3, 3, 1] fills 16
+    packs = pack_rows([row(n) for n in (4, 11, 4, 5, 10, 2)], tokens=20)
+    assert [[len(e) - 1 for e in p] for p in packs] == [[10, 9], [4, 3, 3, 1]]
+    assert all(len(p) * max(len(e) - 1 for e in p) <= 20 for p in packs)
+    # a unit is never split, even where its own rectangle is over the budget
+    assert [len(p) for p in pack_rows([row(15, 1), row(5, 1), row(3)], tokens=20)] == [2, 1]

@@ -50,6 +50,28 @@ def pack(examples: Sequence[Example], *, tokens: int) -> list[list[Example]]:
     return packs
 
 
+def pack_rows(examples: Sequence[Example], *, tokens: int) -> list[list[Example]]:
+    """The same for padded rows: rows x longest row <= ``tokens``, rows of like length together.
+
+    Units stay whole; a unit whose own rectangle is larger than ``tokens`` gets a batch by itself.
+
+    Raises:
+        DataError: a unit of more than ``tokens`` positions even without padding.
+    """
+    units = _units(examples)
+    for unit in units:
+        _size(unit, tokens)
+    packs: list[list[Example]] = []
+    longest = 0
+    for i in sorted(range(len(units)), key=lambda i: (-max(map(len, units[i])), i)):
+        if packs and (len(packs[-1]) + len(units[i])) * longest <= tokens:
+            packs[-1].extend(units[i])
+        else:
+            packs.append(list(units[i]))
+            longest = max(map(len, units[i])) - 1
+    return packs
+
+
 def _units(examples: Sequence[Example]) -> list[list[Example]]:
     """Examples of one unit together, in the order of their first one; an example without a unit is one by itself."""
     units: dict[Any, list[Example]] = {}

@@ -21,7 +21,7 @@ from ft.errors import ModelError, RecipeError
 from ft.io.adapter import load_adapter
 from ft.io.weights import ModelFolder, open_weights
 from ft.models import experts, leak, load, lora, quant, tiny
-from ft.models.policy import Policy, Scorer
+from ft.models.policy import Policy, Scorer, has_balance_loss
 from ft.recipe import LoRA, Model, Parallel
 
 Say = Callable[[str], None]
@@ -56,6 +56,39 @@ def plan_config(model: Model, folder: ModelFolder | None, *, vocab: int) -> Pret
     return tiny.shrink(tiny.config_by_family(model.family), vocab)
 
 
+@frozen(kw_only=True, eq=False)
+class Structure:
+    """A model in its final shape, on the meta device: nothing is read and nothing takes memory."""
+
+    net: PreTrainedModel
+    items: tuple[quant.Item, ...]  # what is held in 4 bits
+    attached: lora.Attached | None
+
+
+def structure(model: Model, adapter: LoRA | None, config: PretrainedConfig) -> Structure:
+    """Skeleton, 4-bit storage, adapters, and what is frozen.
+
+    Raises:
+        RecipeError: full fine-tuning of quantised weights; dropout on experts; a frozen name that does not exist.
+        ModelError: a target that matches nothing.
+    """
+    if adapter is None and model.quant is not None:
+        raise RecipeError(
+            "quantised weights cannot be trained",
+            where="model.quant",
+            fix="set model.quant=none, or train adapters: adapter=LoRA(...)",
+        )
+    net = load.skeleton(config, model if adapter else evolve(model, dtype="float32"))
+    items = quant.plan(net, model.quant) if model.quant else ()
+    if model.quant is not None:
+        quant.apply(net, items, model.quant)
+    experts.use_ft_experts(net, model.kernels)
+    attached = lora.attach(net, adapter) if adapter else None
+    if adapter is None:
+        freeze(net, model.frozen)
+    return Structure(net=net, items=items, attached=attached)
+
+
 def build(
     model: Model,
     adapter: LoRA | None,
@@ -72,41 +105,34 @@ def build(
     Random weights and fresh adapters are functions of ``seed``, whatever the number of ranks.
 
     Raises:
-        RecipeError: full fine-tuning of quantised weights.
-        ModelError: weights are missing or left over; no layout keeps sequences apart.
+        RecipeError, ModelError: see ``structure``; weights are missing or left over; no layout keeps sequences apart.
     """
-    if adapter is None and model.quant is not None:
-        raise RecipeError(
-            "quantised weights cannot be trained",
-            where="model.quant",
-            fix="set model.quant=none, or train adapters: adapter=LoRA(...)",
-        )
-    net = load.skeleton(config, model if adapter else evolve(model, dtype="float32"))
-    items = quant.plan(net, model.quant) if model.quant else ()
-    if model.quant is not None:
-        quant.apply(net, items, model.quant)
-    experts.use_ft_experts(net, model.kernels)
-    attached = lora.attach(net, adapter) if adapter else None
-    if adapter is None:
-        freeze(net, model.frozen)
+    made = structure(model, adapter, config)
+    net = made.net
     if model.checkpointing:
         recompute(net)
     scorer = Scorer(net, kernels=model.kernels).train()
-    compute = None if adapter else getattr(torch, model.dtype)
-    shard(scorer, world, parallel, compute)
+    shard(scorer, world, parallel, None if adapter else getattr(torch, model.dtype))
     if model.tiny or folder is None:
         load.fill_random(scorer, seed, device=world.device)
     else:
         load.fill(scorer, open_weights(folder.path), device=world.device, where=str(folder.path))
-    quant.verify(net, items)
+    quant.verify(net, made.items)
     if adapter:
         start_adapter(net, adapter, seed)
     wanted = None if model.attention == "auto" else model.attention
     layout, report = leak.check(scorer, requested=model.layout, attention=wanted, device=world.device)
     for line in report.lines():
         say(line)
-    policy = Policy(scorer=scorer, config=config, layout=layout)
-    return Built(policy=policy, attached=attached, folder=folder)
+    policy = Policy(scorer=scorer, config=config, layout=layout, aux=router_loss(net))
+    return Built(policy=policy, attached=made.attached, folder=folder)
+
+
+def router_loss(net: PreTrainedModel) -> float:
+    """Coefficient of the router's balance loss: the family's own where its routers are trained, else 0."""
+    trained = any(p.requires_grad and quant.is_router(name.rpartition(".")[0]) for name, p in net.named_parameters())
+    coefficient = getattr(net.config, "router_aux_loss_coef", None)
+    return float(coefficient) if trained and coefficient and has_balance_loss(net) else 0.0
 
 
 def recompute(net: PreTrainedModel) -> None:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from ft.errors import MissingFileError, ModelError
-from ft.io.convert import Layout, Op, evaluate, make_plan
+from ft.io.convert import Layout, Op, Plan, evaluate, make_plan
 from ft.io.weights import Memory, TensorSource
 from ft.models.mapping import extras, route_for
 from ft.models.quant import piece_names, quantised, store
@@ -276,20 +276,30 @@ def fill(
     """
     if any(t.is_meta for t in [*module.parameters(), *module.buffers()]):
         materialise(module, device)
-    model, table = causal_model(module), slots(module)
-    aliases = {name: first for first, slot in table.items() for name in (first, *slot.tied)}
-    to = route_for(model, aliases)
-    wanted = _present(source, to, table)
-    plan = make_plan(source, wanted, to, drop=extras(model), where=where)
-    for name, op in plan.ops.items():
+    table, found = slots(module), plan(module, source, where=where)
+    aliases = _aliases(table)
+    for name, op in found.ops.items():
         if progress is not None:
             progress(name)
         first = aliases[name]
-        if name == _canonical(first, wanted, table):
+        canonical = next(n for n in (first, *table[first].tied) if n in found.ops)
+        if name == canonical:
             put(table[first], op, source)
         else:
-            _check_tie(name, op, plan.ops[_canonical(first, wanted, table)], source, where)
-    return Filled(tensors=len(plan.ops), dropped=plan.dropped, layout=plan.layout)
+            _check_tie(name, op, found.ops[canonical], source, where)
+    return Filled(tensors=len(found.ops), dropped=found.dropped, layout=found.layout)
+
+
+def plan(module: nn.Module, source: TensorSource, *, where: str = "") -> Plan:
+    """How ``fill`` would make each parameter, from names and shapes alone. Raises as ``fill`` does."""
+    model, table = causal_model(module), slots(module)
+    to = route_for(model, _aliases(table))
+    return make_plan(source, _present(source, to, table), to, drop=extras(model), where=where)
+
+
+def _aliases(table: Mapping[str, Slot]) -> dict[str, str]:
+    """First name of a slot by each of its names."""
+    return {name: first for first, slot in table.items() for name in (first, *slot.tied)}
 
 
 def _present(source: TensorSource, route: Callable, table: Mapping[str, Slot]) -> dict[str, tuple[int, ...]]:
@@ -301,11 +311,6 @@ def _present(source: TensorSource, route: Callable, table: Mapping[str, Slot]) -
         for name in stored or [first]:
             wanted[name] = slot.shape
     return wanted
-
-
-def _canonical(first: str, wanted: Mapping[str, Any], table: Mapping[str, Slot]) -> str:
-    """The name of a slot under which it is filled: its first that is wanted."""
-    return next(name for name in (first, *table[first].tied) if name in wanted)
 
 
 def _check_tie(name: str, op: Op, other: Op, source: TensorSource, where: str) -> None:

@@ -79,7 +79,8 @@ class LoRA:
     dropout: float = field(default=0.0, validator=validators.and_(validators.ge(0.0), validators.lt(1.0)))
     """Dropout on the adapter's input; must be 0 where experts are adapted."""
     targets: tuple[str, ...] = ("attention", "mlp")
-    """Groups (attention, mlp, shared_experts, experts, all-linear) or ends of module names (q_proj)."""
+    """Groups or ends of module names (q_proj). Groups: attention, mlp (dense ones), shared_experts, experts (routed
+    ones), all-linear (all of these; never head or routers)."""
     rslora: bool = False
     """Scale by alpha / sqrt(r)."""
     init: Path | None = None
@@ -319,6 +320,7 @@ def rehearse(recipe: Recipe) -> Recipe:
     return evolve(
         recipe,
         model=evolve(recipe.model, tiny=True, dtype="float32"),
+        adapter=evolve(recipe.adapter, init=None) if recipe.adapter else None,
         data=evolve(
             data,
             train=data.rehearsal or data.train,

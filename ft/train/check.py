@@ -22,12 +22,10 @@ from ft.data.pack import pack
 from ft.errors import CapacityError, CheckpointError, FtError, MissingFileError, RecipeError, RunFolderError
 from ft.io import checkpoint
 from ft.io.adapter import load_adapter
-from ft.io.convert import Plan, make_plan
 from ft.io.runfolder import RECIPE, claim, diff, has_checkpoints, is_free
-from ft.io.weights import ModelFolder, Weights, open_weights, resolve
-from ft.models import experts, load, lora, memory, quant
-from ft.models.build import freeze
-from ft.models.mapping import extras, route_for
+from ft.io.weights import ModelFolder, open_weights, resolve
+from ft.models import load, lora, memory, quant
+from ft.models.build import structure
 from ft.recipe import Recipe, dump, run_folder, total_steps
 from ft.train import keep, optim, setup
 from ft.train.inspect import oddities, prepared
@@ -268,20 +266,11 @@ class Shape:
 
 def _shape(recipe: Recipe, folder: ModelFolder | None, tokenizer: Any) -> Found[Shape]:
     """Config, quantised structure and adapters, as ``ft.models.build`` puts them together."""
-    model, adapter = recipe.model, recipe.adapter
     config = setup.config_of(recipe, folder, vocab=len(tokenizer))
-    if adapter is None and model.quant is not None:
-        raise RecipeError("quantised weights cannot be trained", where="model.quant",
-                          fix="set model.quant=none, or train adapters: adapter=LoRA(...)")  # fmt: skip
-    net = load.skeleton(config, model if adapter else evolve(model, dtype="float32"))
-    if model.quant is not None:
-        quant.apply(net, quant.plan(net, model.quant), model.quant)
-    experts.use_ft_experts(net, model.kernels)
-    attached = lora.attach(net, adapter) if adapter else None
-    if adapter is None:
-        freeze(net, model.frozen)
-    elif adapter.init is not None:
-        load_adapter(adapter.init)
+    made = structure(recipe.model, recipe.adapter, config)
+    net, attached = made.net, made.attached
+    if recipe.adapter is not None and recipe.adapter.init is not None:
+        load_adapter(recipe.adapter.init)
     trained = optim.trained(net)
     text = f"{type(net).__name__}; {sum(p.numel() for p in trained.values()):,} of "
     text += f"{sum(row.elements for row in quant.table(net)):,} parameters trained"
@@ -293,16 +282,9 @@ def _shape(recipe: Recipe, folder: ModelFolder | None, tokenizer: Any) -> Found[
 def _names(shape: Shape, folder: ModelFolder) -> Found[None]:
     """Every tensor that the model needs is stored, in its shape, and nothing is left over. Headers alone are read."""
     weights = open_weights(folder.path)
-    plan = _plan(shape.net, weights, str(folder.path))
+    plan = load.plan(shape.net, weights, where=str(folder.path))
     text = f"{len(plan.ops):,} tensors, {weights.total_bytes() / 1e9:.2f} GB, nothing missing"
     return Found(text=text + (f"; {len(plan.dropped):,} left out on purpose" if plan.dropped else ""), value=None)
-
-
-def _plan(net: Any, weights: Weights, where: str) -> Plan:
-    """How ``load.fill`` would fill the model."""
-    table = load.slots(net)
-    to = route_for(net, {name: first for first, slot in table.items() for name in (first, *slot.tied)})
-    return make_plan(weights, load._present(weights, to, table), to, drop=extras(net), where=where)
 
 
 def _disk(recipe: Recipe, shape: Shape) -> Found[None]:

@@ -52,7 +52,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
     Raises:
         FtError: whatever a user can mend, before the first step where it can be known by then.
     """
-    folder, (rank, _) = run_folder(recipe), dist.rank_from_env()
+    folder, (rank, size) = run_folder(recipe), dist.rank_from_env()
     with ExitStack() as stack:
         stop = stack.enter_context(Stop())
         if rank == 0:
@@ -61,6 +61,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         log = stack.enter_context(Log(folder, main=rank == 0))
         tokenizer, source = setup.tokenizer_of(recipe, log.notice)
         config = setup.config_of(recipe, source, vocab=len(tokenizer))
+        source = setup.fetch(recipe, config, source, ranks=size)
         rows, held_out = setup.rows_of(recipe, tokenizer, log.notice)
         trackers: Sequence[sinks.Sink] = ()
         if rank == 0:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ft import dist
 from ft.data.dataset import Prepared, prepare
 from ft.data.tokenizer import byte_tokenizer, load_tokenizer
 from ft.dist import World
 from ft.errors import FtError
 from ft.io.weights import ModelFolder, resolve
-from ft.models import quant
+from ft.models import memory, quant
 from ft.models.build import build, plan_config
 from ft.recipe import Recipe, run_folder, total_steps
 from ft.train import optim
@@ -23,14 +24,19 @@ Say = Callable[[str], None]
 
 
 def tokenizer_of(recipe: Recipe, say: Say) -> tuple[Any, ModelFolder | None]:
-    """The model's tokenizer and folder. A rehearsal needs no weights, and goes on with bytes where there is nothing."""
+    """The model's tokenizer and folder, of which no weights are fetched yet.
+
+    A rehearsal goes on with bytes where there is nothing.
+    """
     model = recipe.model
     try:
-        folder = resolve(model.id, model.revision, weights=not model.tiny)
+        folder = resolve(model.id, model.revision, weights=False)
     except FtError:
         if not model.tiny:
             raise
         say(f"rehearsal: {model.id} is not at hand, so a byte-level tokenizer with a ChatML template stands in")
+        if model.template:
+            say(f"rehearsal: {model.template} is not used, since it was written for the model's own tokenizer")
         return byte_tokenizer(), None
     return load_tokenizer(folder.path, model.template), folder
 
@@ -51,8 +57,26 @@ def rows_of(recipe: Recipe, tokenizer: Any, say: Say) -> tuple[Prepared, Prepare
 
 
 def config_of(recipe: Recipe, folder: ModelFolder | None, *, vocab: int) -> Any:
-    """The config to build, once it is known that this machine can hold the model."""
+    """The config to build."""
     return plan_config(recipe.model, folder, vocab=vocab)
+
+
+def fetch(recipe: Recipe, config: Any, folder: ModelFolder | None, *, ranks: int) -> ModelFolder | None:
+    """The folder with its weights, once it is known that this machine can hold the run.
+
+    Raises:
+        CapacityError: it cannot; tells what is needed, what is there, and how to rehearse.
+    """
+    if recipe.model.tiny or folder is None:
+        return folder
+    device = dist.own_device()
+    memory.fits(
+        memory.estimate(recipe, config, world=ranks),
+        have=memory.available(device),
+        ranks=1 if device.type == "cuda" else ranks,
+        rehearsal="the same command with --tiny",
+    )
+    return resolve(recipe.model.id, recipe.model.revision)
 
 
 def facts(run: Session, rows: Prepared) -> dict[str, object]:

@@ -14,7 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from ft import dist
-from ft.data.pack import collate, count, pack, shard
+from ft.data.pack import collate, count, pack, pack_rows, shard
 from ft.dist import World
 from ft.models.policy import Policy, forwarded, logprobs
 from ft.types import Batch, Counts, Example, LossOutput, Method
@@ -30,11 +30,12 @@ class Plan:
 
 
 def plan(examples: Sequence[Example], method: Method, policy: Policy, world: World, *, tokens: int) -> Plan:
-    """Pack ``examples`` into micro-batches of at most ``tokens`` positions and share them over the ranks.
+    """Pack ``examples`` into micro-batches of at most ``tokens`` positions, padding counted, for all ranks to share.
 
     Every rank passes the same examples and gets the same number of batches; a rank without work gets fillers.
     """
-    packs = shard(pack(examples, tokens=tokens), rank=world.rank, world=world.size)
+    make = pack if policy.layout.kind == "packed" else pack_rows
+    packs = shard(make(examples, tokens=tokens), rank=world.rank, world=world.size)
     batches = [collate(p).to(world.device) for p in packs]
     with torch.no_grad():
         batches = [method.prepare(batch, policy) for batch in batches]
