@@ -1,0 +1,236 @@
+"""The clipped policy gradient of the GRPO family, packed. Shapes: T packed tokens, S sequences.
+
+``terms`` and ``finish`` are what all policy-gradient losses share; ``ft.losses.policy_gradient`` has those that differ
+in kind. ``seq_T`` numbers the sequences 0 .. S-1 (filler S), so nothing is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from ft.losses import aggregate as average
+from ft.losses import kl as kl_terms
+from ft.losses.importance import at_level
+from ft.losses.reduce import Count, check_number, check_option, detached, keep, share, upcast
+from ft.types import LossOutput
+
+LEVELS = {"token": "token", "sequence": "geometric", "sequence_token": "geometric", "sequence_sum": "sequence"}
+
+
+class Terms(NamedTuple):
+    """What a policy term is made of; 0 wherever ``mask_T`` is False."""
+
+    logp_T: Tensor  # with gradient
+    adv_T: Tensor
+    mask_T: Tensor
+    seq_T: Tensor | None
+    drift_T: Tensor  # logp - old_logp of each token, with gradient
+    log_ratio_T: Tensor  # the same at the level asked for, held to +-20
+
+
+class Common(TypedDict, total=False):
+    """Options that every policy-gradient loss takes; ``grpo`` says what they mean."""
+
+    seq_T: Tensor | None
+    aggregate: str
+    constant: float | None
+    is_weight_T: Tensor | None
+    keep_T: Tensor | None
+    ref_logp_T: Tensor | None
+    kl_coef: float
+    kl: str
+    kl_bias_correction: bool
+    tokens: Count | None
+    seqs: Count | None
+
+
+def grpo(
+    logp_T: Tensor,
+    old_logp_T: Tensor | None,
+    adv_T: Tensor,
+    mask_T: Tensor,
+    *,
+    seq_T: Tensor | None = None,
+    level: str = "token",
+    clip: tuple[float, float] | None = (0.2, 0.2),
+    dual_clip: float | None = None,
+    aggregate: str = "token",
+    constant: float | None = None,
+    is_weight_T: Tensor | None = None,
+    keep_T: Tensor | None = None,
+    ref_logp_T: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: str = "k3",
+    kl_bias_correction: bool = False,
+    tokens: Count | None = None,
+    seqs: Count | None = None,
+) -> LossOutput:
+    """Clipped surrogate: with r = exp(logp - old_logp), A the advantage and w the importance weight, at each token
+
+        x = -min(min(r, dual_clip) A, clamp(r, 1 - clip[0], 1 + clip[1]) A) * w * keep  +  kl_coef * KL(logp, ref_logp)
+
+    averaged by ``aggregate`` (see ``ft.losses.aggregate.mean``). By name:
+
+    | loss | options |
+    |---|---|
+    | DAPO, BNPO (arXiv:2503.14476) | ``aggregate="token"``; over the step, or over the call's own tokens |
+    | GRPO (arXiv:2402.03300) | ``aggregate="sequence"`` |
+    | Dr. GRPO (arXiv:2503.20783) | ``aggregate="constant", constant=<longest completion>`` |
+    | GSPO (arXiv:2507.18071) | ``level="sequence", aggregate="sequence"`` |
+
+    Differentiated: ``logp_T``, in the ratio and in the KL. Stopped: every other tensor.
+
+    Args:
+        logp_T: the policy's log-prob of each target token; any float type, reduced in float32 (float64 stays).
+        old_logp_T: of the policy the step began with. None: the policy now, so r = 1 and the gradient is REINFORCE's.
+        adv_T: the advantage, one number per token.
+        mask_T: bool, True where the token is trained.
+        seq_T: the sequence of each token; needed by every sequence level, and by the aggregates over sequences.
+        level: of r. ``"token"``; ``"sequence"``, the geometric mean over the sequence, whose gradient spreads evenly
+            over its tokens; ``"sequence_token"``, that value with each token's own gradient (GSPO-token, for
+            advantages that differ within a sequence); ``"sequence_sum"``, the whole sequence's ratio.
+        clip: how far r may go (below 1, above 1) before it stops counting; None for no clipping.
+        dual_clip: the most that r may count where A < 0, over 1 + clip[1] (arXiv:1912.09729; "delta" in
+            INTELLECT-2, arXiv:2505.07291).
+        is_weight_T: multiplies the policy term, after clipping; from ``ft.losses.importance.weights``.
+        keep_T: multiplies the policy term too: sequences masked by their KL, tokens chosen by their entropy. The
+            denominator still counts what is dropped.
+        ref_logp_T: the reference's log-probs. With ``kl_coef=0`` the KL is reported and does not train.
+        kl: the estimator, see ``ft.losses.kl``. ``kl_bias_correction`` multiplies it by r (with its gradient). The KL
+            is touched by neither ``is_weight_T`` nor ``keep_T``.
+        tokens, seqs: the step's global denominators; by default this call's own. Means to log are over ``tokens``.
+
+    Returns:
+        Besides the loss, ``sums``: ``policy_loss``, ``ratio`` (mean), ``approx_kl`` (k3 of the policy against the old
+        one, token by token), ``clip_low`` (share of tokens with A < 0 and r under the range), ``clip_high`` (A > 0
+        and r over it), ``clip_dual``, ``kl``, and with weights ``is_weight`` (mean) and ``is_zero`` (share of tokens
+        with weight 0), ``kept``. ``maxes``: ``ratio_max`` and ``ratio_inverse_max`` (so the least ratio is
+        1 / ratio_inverse_max); both are 0 where nothing is trained.
+
+    Edge cases: a call with nothing trained is 0 with a gradient of zeros. Log-ratios are held to +-20 before exp, and
+    carry no gradient beyond. Whatever stands at untrained positions, NaN included, is never seen.
+    """
+    _check_clip(clip, dual_clip)
+    t = terms("grpo", logp_T, old_logp_T, adv_T, mask_T, seq_T, level)
+    ratio_T = t.log_ratio_T.exp()
+    policy_T, clipped = _surrogate(ratio_T, t.adv_T, clip, dual_clip)
+    return finish(
+        policy_T, t, clipped=clipped, aggregate=aggregate, constant=constant, is_weight_T=is_weight_T, keep_T=keep_T,
+        ref_logp_T=ref_logp_T, kl_coef=kl_coef, kl=kl, kl_bias_correction=kl_bias_correction, tokens=tokens, seqs=seqs,
+    )  # fmt: skip
+
+
+def terms(
+    what: str,
+    logp_T: Tensor,
+    old_logp_T: Tensor | None,
+    adv_T: Tensor,
+    mask_T: Tensor,
+    seq_T: Tensor | None,
+    level: str = "token",
+) -> Terms:
+    """Check and mask the inputs of a policy loss, and raise the log-ratio to ``level`` (see ``grpo``)."""
+    check_option("level", level, tuple(LEVELS))
+    average.check_tokens(what, mask_T, seq_T, logp_T=logp_T, old_logp_T=old_logp_T, adv_T=adv_T)
+    logp_T = keep(logp_T, mask_T)
+    drift_T = logp_T - (logp_T if old_logp_T is None else keep(old_logp_T, mask_T)).detach()
+    log_ratio_T = at_level(drift_T, mask_T, seq_T, LEVELS[level])
+    if level == "sequence_token":
+        log_ratio_T = log_ratio_T.detach() + (drift_T - drift_T.detach())
+    return Terms(logp_T, keep(adv_T, mask_T).detach(), mask_T, seq_T, drift_T, log_ratio_T)
+
+
+def finish(
+    policy_T: Tensor,
+    t: Terms,
+    *,
+    clipped: Mapping[str, Tensor] | None = None,
+    aggregate: str = "token",
+    constant: float | None = None,
+    is_weight_T: Tensor | None = None,
+    keep_T: Tensor | None = None,
+    ref_logp_T: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: str = "k3",
+    kl_bias_correction: bool = False,
+    tokens: Count | None = None,
+    seqs: Count | None = None,
+) -> LossOutput:
+    """Weigh the policy term, average it, add the KL, and gather what is logged. ``clipped``: bool [T] by name."""
+    _check_kl(ref_logp_T, kl_coef, kl, kl_bias_correction)
+    average.check_tokens(
+        "policy loss", t.mask_T, t.seq_T, is_weight_T=is_weight_T, keep_T=keep_T, ref_logp_T=ref_logp_T
+    )
+    for factor_T in (is_weight_T, keep_T):
+        policy_T = policy_T if factor_T is None else policy_T * keep(factor_T, t.mask_T).detach()
+
+    def mean(x_T: Tensor) -> Tensor:
+        return average.mean(x_T, t.mask_T, t.seq_T, how=aggregate, constant=constant, tokens=tokens, seqs=seqs)
+
+    loss = policy_loss = mean(policy_T)
+    tokens = t.mask_T.sum() if tokens is None else tokens
+    sums = {"policy_loss": policy_loss, **_watch(t, clipped or {}, is_weight_T, keep_T, tokens)}
+    if ref_logp_T is not None:
+        kl_T = kl_terms.estimate(t.logp_T, keep(ref_logp_T, t.mask_T), kind=kl)
+        sums["kl"] = share(kl_T.detach().sum(), tokens)
+        if kl_coef:
+            loss = loss + kl_coef * mean(kl_T * t.log_ratio_T.exp() if kl_bias_correction else kl_T)
+    return LossOutput(loss=loss, sums=detached(sums), maxes=_extremes(t))
+
+
+def _surrogate(
+    ratio_T: Tensor, adv_T: Tensor, clip: tuple[float, float] | None, dual_clip: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    bounded_T = ratio_T if dual_clip is None else ratio_T.clamp(max=dual_clip)
+    clipped = {} if dual_clip is None else {"clip_dual": (ratio_T > dual_clip) & (adv_T < 0)}
+    if clip is None:
+        return -bounded_T * adv_T, clipped
+    low, high = 1 - clip[0], 1 + clip[1]
+    clipped |= {"clip_low": (ratio_T < low) & (adv_T < 0), "clip_high": (ratio_T > high) & (adv_T > 0)}
+    return -torch.minimum(bounded_T * adv_T, ratio_T.clamp(low, high) * adv_T), clipped
+
+
+@torch.no_grad()
+def _watch(
+    t: Terms, clipped: Mapping[str, Tensor], is_weight_T: Tensor | None, keep_T: Tensor | None, tokens: Count
+) -> dict[str, Tensor]:
+    bounded_T = t.drift_T.clamp(-kl_terms.BOUND, kl_terms.BOUND)
+    watched = {
+        "ratio": keep(t.log_ratio_T.exp(), t.mask_T),
+        "approx_kl": torch.expm1(bounded_T) - bounded_T,
+        **{name: upcast(hit_T) for name, hit_T in clipped.items()},
+    }
+    if is_weight_T is not None:
+        watched |= {"is_weight": keep(is_weight_T, t.mask_T), "is_zero": upcast((is_weight_T == 0) & t.mask_T)}
+    if keep_T is not None:
+        watched["kept"] = keep(keep_T, t.mask_T)
+    return {name: share(x_T.sum(), tokens) for name, x_T in watched.items()}
+
+
+@torch.no_grad()
+def _extremes(t: Terms) -> dict[str, Tensor]:
+    """The greatest ratio and inverse ratio; exp(-inf) = 0 stands for none, so that it disturbs no maximum."""
+    none = t.log_ratio_T.new_full((1,), -torch.inf)
+    signed = {"ratio_max": t.log_ratio_T, "ratio_inverse_max": -t.log_ratio_T}
+    return {n: torch.cat([none, torch.where(t.mask_T, x_T, -torch.inf)]).amax().exp() for n, x_T in signed.items()}
+
+
+def _check_clip(clip: tuple[float, float] | None, dual_clip: float | None) -> None:
+    if clip is not None:
+        check_number("clip[0]", clip[0], 0, 1)
+        check_number("clip[1]", clip[1], 0)
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip, 1 + (clip[1] if clip else 0), open_low=True)
+
+
+def _check_kl(ref_logp_T: Tensor | None, kl_coef: float, kl: str, kl_bias_correction: bool) -> None:
+    check_option("kl", kl, kl_terms.KINDS)
+    check_number("kl_coef", kl_coef, 0)
+    if ref_logp_T is None and kl_coef:
+        raise ValueError(f"kl_coef: expected ref_logp_T beside a kl_coef of {kl_coef:g}; got None")
+    if kl_bias_correction and not kl_coef:
+        raise ValueError("kl_bias_correction: expected a kl_coef over 0, or there is nothing to correct; got 0")

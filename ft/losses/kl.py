@@ -1,0 +1,53 @@
+"""Estimators of KL(policy || reference) at each sampled token. Shapes: T packed tokens.
+
+With d = logp - ref_logp, for tokens sampled from the policy (http://joschu.net/blog/kl-approx.html):
+
+| kind | value | as a loss, its gradient is |
+|---|---|---|
+| k1 | d | the score alone: 0 on average, whatever the reference. To be read, or subtracted from rewards |
+| abs | |d| | the sign of d times the score |
+| k2 | d^2 / 2 | d times the score: on average the gradient of the reverse KL |
+| k3 | exp(-d) - 1 + d | (1 - exp(-d)) times the score: on average the gradient of the FORWARD KL |
+| k1+, abs+, k3+ | as without + | that of k2 (straight-through) |
+
+Differentiated: ``logp_T``. Stopped: ``ref_logp_T``. The exponent -d is held to at most 20; beyond it k3 stands at
+exp(20) - 21 with a gradient of 0, which keeps one absurd token from making a step non-finite.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ft.losses.reduce import check_option, upcast
+
+KINDS = ("k1", "abs", "k2", "k3", "k1+", "abs+", "k3+")
+BOUND = 20.0
+"""Log-ratios are held within this before exp: exp(20) = 4.9e8, far outside every clip range and finite."""
+
+
+def estimate(logp_T: Tensor, ref_logp_T: Tensor, *, kind: str = "k3", ratio_T: Tensor | None = None) -> Tensor:
+    """The estimate at each token, [T], float32 (float64 stays). Mask the inputs first: NaN in is NaN out.
+
+    ``ratio_T``, the policy's probability over that of the policy that sampled, makes the estimate unbiased for tokens
+    that are not the policy's own: the product is returned, and the gradient flows through both factors, so that for
+    k3 it is the gradient of the corrected expectation (DeepSeek-V3.2, arXiv:2512.02556, section 3.1).
+    """
+    check_option("kl", kind, KINDS)
+    d_T = upcast(logp_T) - upcast(ref_logp_T).detach()
+    value_T = _value(d_T, kind.removesuffix("+"))
+    if kind.endswith("+"):
+        k2_T = _value(d_T, "k2")
+        value_T = k2_T + (value_T - k2_T).detach()
+    return value_T if ratio_T is None else value_T * ratio_T
+
+
+def _value(d_T: Tensor, kind: str) -> Tensor:
+    if kind == "k1":
+        return d_T
+    if kind == "abs":
+        return d_T.abs()
+    if kind == "k2":
+        return d_T.square() / 2
+    minus_T = (-d_T).clamp(max=BOUND)
+    return torch.expm1(minus_T) - minus_T

@@ -1,0 +1,234 @@
+"""Policy gradients that differ in kind from the clipped surrogate of ``ft.losses.grpo``. Shapes: T packed tokens.
+
+All take ``logp_T, old_logp_T, adv_T, mask_T`` (``reinforce`` no old one) and, as ``**common``, what ``grpo`` explains:
+``seq_T``, ``aggregate``, ``constant``, ``is_weight_T``, ``keep_T``, ``ref_logp_T``, ``kl_coef``, ``kl``,
+``kl_bias_correction``, ``tokens``, ``seqs``. All return its sums and maxes as well, differentiate ``logp_T`` alone,
+give 0 with a gradient of zeros where nothing is trained, and hold log-ratios to +-20 before exp. Notation:
+r = exp(logp - old_logp), A the advantage, sg(.) what is taken as a constant.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from ft.losses.aggregate import needs_seq, per_sequence_mean, per_sequence_sum
+from ft.losses.grpo import Common, Terms, finish, grpo, terms
+from ft.losses.kl import BOUND
+from ft.losses.reduce import check_number, check_option, keep
+from ft.types import LossOutput
+
+_LEAST = math.log(1e-8)
+
+
+def reinforce(logp_T: Tensor, adv_T: Tensor, mask_T: Tensor, **common: Unpack[Common]) -> LossOutput:
+    """x = -A logp: the score times the advantage, for samples of the policy itself (Williams 1992; GPG, 2504.02546).
+
+    For samples of another policy give ``is_weight_T``. Averaged over tokens unless ``aggregate`` says otherwise.
+    """
+    t = terms("reinforce", logp_T, None, adv_T, mask_T, common.pop("seq_T", None))
+    return finish(-t.adv_T * t.logp_T, t, **_rest(common))
+
+
+def rloo(
+    logp_T: Tensor,
+    old_logp_T: Tensor | None,
+    adv_T: Tensor,
+    mask_T: Tensor,
+    *,
+    clip: tuple[float, float] | None = (0.2, 0.2),
+    **common: Unpack[Common],
+) -> LossOutput:
+    """The answer as one action: ``grpo`` with the ratio of the whole sequence, each sequence counting once.
+
+    Its advantages come from ``ft.losses.advantage.leave_one_out``. Ahmadian et al., arXiv:2402.14740. Whole-sequence
+    ratios leave the clip range early: at 100 tokens a drift of 0.002 a token is outside 0.2.
+    """
+    fixed = _fixed("rloo", common, aggregate="sequence")
+    return grpo(logp_T, old_logp_T, adv_T, mask_T, level="sequence_sum", clip=clip, **fixed)
+
+
+def luspo(
+    logp_T: Tensor,
+    old_logp_T: Tensor | None,
+    adv_T: Tensor,
+    mask_T: Tensor,
+    *,
+    clip: tuple[float, float] | None = (0.2, 0.2),
+    **common: Unpack[Common],
+) -> LossOutput:
+    """GSPO's ratio with each sequence weighted by its length: sum over its tokens, mean over sequences.
+
+    ``grpo(level="sequence", aggregate="constant", constant=1)``. It is a sum over tokens per sequence, so the step
+    size grows with length: fit the learning rate to it. Length-Unbiased Sequence Policy Optimization, arXiv:2602.05261.
+    """
+    fixed = _fixed("luspo", common, aggregate="constant", constant=1.0)
+    return grpo(logp_T, old_logp_T, adv_T, mask_T, level="sequence", clip=clip, **fixed)
+
+
+def cispo(
+    logp_T: Tensor,
+    old_logp_T: Tensor | None,
+    adv_T: Tensor,
+    mask_T: Tensor,
+    *,
+    cap: float = 5.0,
+    floor: float = 0.0,
+    level: str = "token",
+    **common: Unpack[Common],
+) -> LossOutput:
+    """x = -sg(clamp(r, floor, cap)) A logp: a bounded ratio weighs the score; every token keeps a gradient.
+
+    ``cap`` and ``floor`` are bounds of the ratio itself, not distances from 1, so a cap under 1 (which would shrink
+    tokens whose ratio is 1) is refused. ``clip_high`` is the share of tokens with r > cap and A > 0; ``clip_low`` with
+    r < floor and A < 0. MiniMax-M1, arXiv:2506.13585.
+    """
+    check_number("cap (of the ratio itself; 1 + the distance that clipping losses take)", cap, 1)
+    check_number("floor", floor, 0, 1)
+    t = terms("cispo", logp_T, old_logp_T, adv_T, mask_T, common.pop("seq_T", None), level)
+    ratio_T = t.log_ratio_T.detach().exp()
+    clipped = {"clip_low": (ratio_T < floor) & (t.adv_T < 0), "clip_high": (ratio_T > cap) & (t.adv_T > 0)}
+    return finish(-ratio_T.clamp(floor, cap) * t.adv_T * t.logp_T, t, clipped=clipped, **_rest(common))
+
+
+def sapo(
+    logp_T: Tensor,
+    old_logp_T: Tensor | None,
+    adv_T: Tensor,
+    mask_T: Tensor,
+    *,
+    tau: tuple[float, float] = (1.0, 1.05),
+    level: str = "token",
+    **common: Unpack[Common],
+) -> LossOutput:
+    """x = -A (4 / tau) sigmoid(tau (r - 1)): a soft gate in place of a clip. ``tau`` is (where A > 0, elsewhere).
+
+    At r = 1 the gradient is REINFORCE's; the value there is -2A / tau. Averaged as GRPO, each sequence alike, unless
+    ``aggregate`` says otherwise (``seq_T`` is then needed). arXiv:2511.20347.
+    """
+    for value in tau:
+        check_number("tau", value, 0, open_low=True)
+    t = terms("sapo", logp_T, old_logp_T, adv_T, mask_T, common.pop("seq_T", None), level)
+    tau_T = torch.where(t.adv_T > 0, *tau)
+    gate_T = torch.sigmoid(tau_T * (t.log_ratio_T.exp() - 1)) * 4 / tau_T
+    return finish(-gate_T * t.adv_T, t, **_rest(common, aggregate="sequence"))
+
+
+def gmpo(
+    logp_T: Tensor,
+    old_logp_T: Tensor | None,
+    adv_T: Tensor,
+    mask_T: Tensor,
+    *,
+    clip: tuple[float, float] = (0.4, 0.4),
+    **common: Unpack[Common],
+) -> LossOutput:
+    """x = -A exp(mean over the sequence of clipped log r): the geometric mean of ratios that were clipped one by one.
+
+    ``clip`` bounds log r: at most clip[1] where A > 0, at least -clip[0] where A <= 0. Each sequence counts once.
+    ``keep_T`` takes tokens out of the geometric mean; a sequence of which none is left has no gradient. ``clip_low``
+    and ``clip_high`` count tokens. Geometric-Mean Policy Optimization, arXiv:2507.20673.
+    """
+    for value in clip:
+        check_number("clip", value, 0)
+    seq_T = needs_seq("gmpo", common.pop("seq_T", None))
+    t = terms("gmpo", logp_T, old_logp_T, adv_T, mask_T, seq_T)
+    low_T, high_T = t.log_ratio_T.clamp(min=-clip[0]), t.log_ratio_T.clamp(max=clip[1])
+    keep_T = common.pop("keep_T", None)
+    kept_T = mask_T if keep_T is None else mask_T & (keep_T != 0)
+    clipped_T = per_sequence_mean(torch.where(t.adv_T > 0, high_T, low_T), kept_T, seq_T)
+    clipped = {
+        "clip_low": (t.log_ratio_T < -clip[0]) & (t.adv_T < 0),
+        "clip_high": (t.log_ratio_T > clip[1]) & (t.adv_T > 0),
+    }
+    return finish(-clipped_T.exp() * t.adv_T, t, clipped=clipped, **_fixed("gmpo", common, aggregate="sequence"))
+
+
+def vespo(
+    logp_T: Tensor,
+    old_logp_T: Tensor | None,
+    adv_T: Tensor,
+    mask_T: Tensor,
+    *,
+    k: tuple[float, float] = (2.0, 3.0),
+    lam: tuple[float, float] = (3.0, 2.0),
+    **common: Unpack[Common],
+) -> LossOutput:
+    """x = -sg(phi(W)) A logp, phi(W) = exp(lam) W^k exp(-lam W): 1 at W = 1, small for answers too likely or too rare.
+
+    W is the ratio of the whole sequence times the product of its ``is_weight_T``, which must be weights of TOKENS and
+    act here alone. ``k`` and ``lam`` are (where A >= 0, elsewhere). Token log-ratios are held to +-20, and log W to
+    [log 1e-8, 20]; so is each token's log-weight. Averaged over tokens by default. arXiv:2602.10693.
+    """
+    for name, pair in (("k", k), ("lam", lam)):
+        check_number(f"{name}[0]", pair[0], 0)
+        check_number(f"{name}[1]", pair[1], 0)
+    seq_T = needs_seq("vespo", common.pop("seq_T", None))
+    t = terms("vespo", logp_T, old_logp_T, adv_T, mask_T, seq_T)
+    is_weight_T = common.pop("is_weight_T", None)
+    log_w_T = _log_answer_weight(t, seq_T, is_weight_T)
+    k_T, lam_T = torch.where(t.adv_T >= 0, *k), torch.where(t.adv_T >= 0, *lam)
+    phi_T = (lam_T + k_T * log_w_T - lam_T * log_w_T.exp()).exp()
+    return finish(-phi_T * t.adv_T * t.logp_T, t, **_rest(common))
+
+
+def dppo(
+    logp_T: Tensor,
+    old_logp_T: Tensor,
+    adv_T: Tensor,
+    mask_T: Tensor,
+    *,
+    divergence: str = "tv",
+    clip: tuple[float, float] = (0.2, 0.2),
+    cap: float = 20.0,
+    **common: Unpack[Common],
+) -> LossOutput:
+    """x = -sg(keep min(r, cap)) A logp, where a token is kept while its probability has not moved too far.
+
+    With p = exp(logp), q = exp(old_logp), of the policy that SAMPLED:
+    ``"tv"``: dropped if A > 0 and p - q > clip[1], or A <= 0 and q - p > clip[0] (total variation of "this token or
+    another"). ``"kl"``: the same with q log(q/p) + (1-q) log((1-q)/(1-p)) in place of the distance. Steps that bring
+    p back towards q are always kept. Unlike a clip of the ratio this leaves rare tokens free and reins in common ones.
+    ``clip_low`` and ``clip_high`` are the shares dropped. arXiv:2602.04879.
+    """
+    check_option("divergence", divergence, ("tv", "kl"))
+    check_number("cap", cap, 1)
+    for value in clip:
+        check_number("clip", value, 0)
+    t = terms("dppo", logp_T, old_logp_T, adv_T, mask_T, common.pop("seq_T", None))
+    p_T, q_T = t.logp_T.detach().exp(), keep(old_logp_T, mask_T).exp()
+    far_T = (p_T - q_T).abs() if divergence == "tv" else _binary_kl(p_T, q_T, t.log_ratio_T.detach())
+    clipped = {
+        "clip_low": (t.adv_T <= 0) & (p_T < q_T) & (far_T > clip[0]),
+        "clip_high": (t.adv_T > 0) & (p_T > q_T) & (far_T > clip[1]),
+    }
+    weight_T = torch.where(clipped["clip_low"] | clipped["clip_high"], 0.0, t.log_ratio_T.detach().exp().clamp(max=cap))
+    return finish(-weight_T * t.adv_T * t.logp_T, t, clipped=clipped, **_rest(common))
+
+
+def _log_answer_weight(t: Terms, seq_T: Tensor, is_weight_T: Tensor | None) -> Tensor:
+    log_T = t.log_ratio_T.detach()
+    if is_weight_T is not None:
+        log_T = log_T + torch.where(t.mask_T, is_weight_T.to(log_T.dtype).log().clamp(_LEAST, BOUND), 0.0)
+    return per_sequence_sum(log_T, seq_T).clamp(_LEAST, BOUND)
+
+
+def _binary_kl(p_T: Tensor, q_T: Tensor, log_ratio_T: Tensor) -> Tensor:
+    """KL(q || p) of "this token or another". Probabilities of 1 are taken a rounding step below, to stay finite."""
+    least = torch.finfo(p_T.dtype).eps
+    return -q_T * log_ratio_T + (1 - q_T) * ((1 - q_T).clamp(min=least).log() - (1 - p_T).clamp(min=least).log())
+
+
+def _rest(common: Common, **defaults: Any) -> Any:
+    return {**defaults, **common}
+
+
+def _fixed(what: str, common: Common, **fixed: Any) -> Any:
+    """Options that make this loss what it is: refused rather than overruled where the caller gives others."""
+    for name, value in fixed.items():
+        if common.get(name, value) != value:
+            raise ValueError(f"{what}: expected {name}={value!r}, which is part of this loss; got {common.get(name)!r}")
+    return {**common, **fixed}
