@@ -24,8 +24,8 @@ trained = pytest.mark.parametrize("trained", [False, True], ids=["frozen head", 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several blocks and ragged tiles at test sizes."""
-    monkeypatch.setitem(tiles._ROWS, "cpu", 400)
-    monkeypatch.setitem(tiles._TILE, "cpu", 100_000)
+    monkeypatch.setitem(tiles.ROWS, "cpu", 400)
+    monkeypatch.setitem(tiles.TILE, "cpu", 100_000)
 
 
 def oracle(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -272,8 +272,8 @@ def test_a_tied_embedding_gets_both_gradients():
 @trained
 def test_no_tensor_holds_all_logits(trained, monkeypatch):
     """The largest tensor that the call allocates is a tile, or a gradient that it returns."""
-    monkeypatch.setitem(tiles._TILE, "cpu", 2_000)
-    monkeypatch.setitem(tiles._ROWS, "cpu", 50)
+    monkeypatch.setitem(tiles.TILE, "cpu", 2_000)
+    monkeypatch.setitem(tiles.ROWS, "cpu", 50)
     x = with_grad(make(Case(name="", N=300, V=1000, D=6, options={"softcap": 3.0, "entropy": True})), trained)
     sizes: list[int] = []
 

@@ -28,6 +28,7 @@ CASES = (
     Case(name="one position", N=1),
     Case(name="blocks and tiles", N=1000, V=701),
     Case(name="two tokens", V=2),
+    Case(name="one token", V=1, options={"entropy": True}),
     Case(name="temperature", options={"temperature": 0.7}),
     Case(name="softcap", options={"softcap": 3.0}, spread=3.0),
     Case(name="softcap, temperature, scale", options={"softcap": 2.0, "temperature": 1.5, "scale": 0.25}, spread=9.0),

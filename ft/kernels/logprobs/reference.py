@@ -22,12 +22,14 @@ from attrs import frozen
 from torch import Tensor
 
 from ft.kernels.logprobs.tiles import (
+    FORBIDDEN,
     Head,
     Options,
     Work,
     accumulate,
     as_product,
     flatness,
+    flatten_,
     logits,
     low_rank,
     make_work,
@@ -46,29 +48,34 @@ class _Block:
             return torch.full(shape, value, dtype=work.wide, device=device)
 
         self.target_R1 = full(math.nan, R, 1)  # a target that is in no tile stays NaN
-        self.most_R1 = full(-1e30, R, 1)
+        self.most_R1 = full(0.1 * FORBIDDEN, R, 1)
         self.sum_R1 = full(0.0, R, 1)  # of exp(z - most)
         self.first_R1 = full(0.0, R, 1)  # of exp(z - most) * (z - most)
         self.head_RD = full(0.0, R, D) if jacobian else None  # of exp(z - most) * head
         self.B_Rr = full(0.0, R, r) if jacobian and r else None
 
-    def add(self, z_RC: Tensor, place: tuple[Tensor, Tensor], part: Head, options: Options, work: Work) -> None:
-        column_R1, inside_R1 = place
-        at_R1 = z_RC.gather(1, column_R1)
-        self.target_R1 = torch.where(inside_R1, at_R1, self.target_R1)
-        flat_RC = None
-        if options.softcap and self.head_RD is not None:
-            flat_RC = flatness(z_RC, options, out=work.view(work.tiles[1], *z_RC.shape))
-        z_RC.scatter_(1, column_R1, at_R1.masked_fill_(inside_R1, -math.inf))
+    def add(
+        self,
+        z_RC: Tensor,
+        tanh_RC: Tensor | None,
+        at: tuple[Tensor, Tensor],
+        part: Head,
+        options: Options,
+        work: Work,
+    ) -> None:
+        column_R1, inside_R1 = at
+        there_R1 = z_RC.gather(1, column_R1)
+        self.target_R1 = torch.where(inside_R1, there_R1, self.target_R1)
+        z_RC.scatter_(1, column_R1, there_R1.masked_fill_(inside_R1, FORBIDDEN))
         self._rebase(z_RC.amax(1, keepdim=True))
         z_RC.sub_(self.most_R1)
+        exp_RC = torch.exp(z_RC, out=work.view(work.tiles[-1], *z_RC.shape) if options.entropy else z_RC)
+        self.sum_R1 += exp_RC.sum(1, keepdim=True)
         if options.entropy:
-            self._add_first(z_RC, work)
-        z_RC.exp_()
-        self.sum_R1 += z_RC.sum(1, keepdim=True)
+            self.first_R1 += z_RC.mul_(exp_RC).sum(1, keepdim=True)
         if self.head_RD is None:
             return
-        tile_RC = as_product(z_RC if flat_RC is None else z_RC.mul_(flat_RC), work)
+        tile_RC = as_product(flatten_(exp_RC, tanh_RC), work)
         accumulate(self.head_RD, tile_RC, part.weight_VD, work)
         if self.B_Rr is not None and part.B_Vr is not None:
             accumulate(self.B_Rr, tile_RC, part.B_Vr, work)
@@ -83,12 +90,6 @@ class _Block:
             if sums is not None:
                 sums.mul_(shrink_R1)
         self.most_R1 = most_R1
-
-    def _add_first(self, z_RC: Tensor, work: Work) -> None:
-        """exp underflows to 0 long before -1000, so the clamp only turns 0 * -inf into 0."""
-        z_RC.clamp_(min=-1000.0)
-        exp_RC = torch.exp(z_RC, out=work.view(work.tiles[-1], *z_RC.shape))
-        self.first_R1 += exp_RC.mul_(z_RC).sum(1, keepdim=True)
 
     def results(self, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
         """(logp_R1, logsumexp of all z, entropy)."""
@@ -109,7 +110,7 @@ class _Block:
         assert self.head_RD is not None
         others_R1 = self.most_R1 + self.sum_R1.log()
         other_R1 = torch.sigmoid(others_R1 - self.target_R1).mul_(options.slope)
-        flat_R1 = flatness(self.target_R1, options) if options.softcap else 1.0
+        flat_R1 = flatness(self.target_R1, options)
         mean_R1 = self.sum_R1.clamp(min=torch.finfo(self.sum_R1.dtype).tiny)
         grad_RD = self.head_RD.div_(mean_R1).neg_().add_(head.weight_VD[target_R] * flat_R1).mul_(other_R1)
         if self.B_Rr is not None and head.A_rD is not None and head.B_Vr is not None:
@@ -140,8 +141,8 @@ def forward(hidden_ND: Tensor, head: Head, target_N: Tensor, options: Options, *
         block = _Block(stop - start, D, 0 if low_Rr is None else low_Rr.shape[1], jacobian, work, device)
         for first, last in spans(V, work.cols):
             part = head.columns(first, last, work.dtype)
-            z_RC = logits(hidden_RD, low_Rr, part, options, work)
-            block.add(z_RC, place(target_R[:, None], first, last), part, options, work)
+            z_RC, tanh_RC = logits(hidden_RD, low_Rr, part, options, work, tanh=jacobian)
+            block.add(z_RC, tanh_RC, place(target_R[:, None], first, last), part, options, work)
         logp_R1, lse_R1, entropy_R1 = block.results(options)
         logp_N[start:stop], lse_N[start:stop] = logp_R1[:, 0], lse_R1[:, 0]
         if entropy_N is not None and entropy_R1 is not None:
@@ -166,14 +167,13 @@ class Scores:
         return Scores(grad_N=self.grad_N[start:stop], logp_N=self.logp_N[start:stop], lse_N=self.lse_N[start:stop])
 
 
-def _grad_tile(z_RC: Tensor, scores: Scores, at: tuple[Tensor, Tensor], options: Options, work: Work) -> Tensor:
+def _grad_tile(z_RC: Tensor, tanh_RC: Tensor | None, scores: Scores, at: tuple[Tensor, Tensor]) -> Tensor:
     """d loss / d(product + bias), in place: grad * (onehot - p), times the softcap's slope."""
-    flat_RC = flatness(z_RC, options, out=work.view(work.tiles[1], *z_RC.shape)) if options.softcap else None
     grad_R1, (column_R1, inside_R1) = scores.grad_N[:, None], at
     z_RC.sub_(scores.lse_N[:, None]).exp_().mul_(-grad_R1)
     target_R1 = grad_R1 * -torch.expm1(scores.logp_N)[:, None]
     z_RC.scatter_(1, column_R1, torch.where(inside_R1, target_R1, z_RC.gather(1, column_R1)))
-    return z_RC if flat_RC is None else z_RC.mul_(flat_RC)
+    return flatten_(z_RC, tanh_RC)
 
 
 @frozen(kw_only=True, eq=False)
@@ -228,9 +228,9 @@ def backward(scores: Scores, hidden_ND: Tensor, head: Head, target_N: Tensor, op
         mine = zeros(needs[1], C, D), zeros(needs[2], C), zeros(needs[4], C, r)
         for start, stop in spans(N, work.rows):
             hidden_RD, low_Rr = hidden_cast_ND[start:stop], None if low_Nr is None else low_Nr[start:stop]
-            z_RC = logits(hidden_RD, low_Rr, part, options, work)
+            z_RC, tanh_RC = logits(hidden_RD, low_Rr, part, options, work, tanh=True)
             at = place(target_N[start:stop, None], first, last)
-            tile_RC = _grad_tile(z_RC, scores.rows(start, stop), at, options, work)
+            tile_RC = _grad_tile(z_RC, tanh_RC, scores.rows(start, stop), at)
             rows_RD, rows_Rr = (None if t is None else t[start:stop] for t in (grad_ND, grad_Nr))
             sums = Sums(hidden=rows_RD, low=rows_Rr, weight=mine[0], bias=mine[1], B=mine[2])
             _add_tile(sums, tile_RC, hidden_RD, low_Rr, part, work)

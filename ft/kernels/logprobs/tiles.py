@@ -15,9 +15,12 @@ from torch import Tensor
 
 from ft.errors import ModelError
 
-# A tile of float32 logits should stay in a core's cache, and on a GPU be large enough to fill it.
-_ROWS, _TILE = {"cpu": 512}, {"cpu": 1 << 20}
-_ROWS_ELSE, _TILE_ELSE = 2048, 1 << 24
+# Positions of a block, and logits of a tile. On a CPU smaller tiles would stay in a core's cache but be no faster, and
+# each of their operations waits for all threads; on a GPU a tile must be large enough to fill it.
+ROWS = {"cpu": 512, "other": 2048}
+TILE = {"cpu": 1 << 22, "other": 1 << 24}
+
+FORBIDDEN = -1e30  # a logit whose token has no share; unlike -inf it may be multiplied by 0
 
 
 def _positive(_: Any, attribute: Any, value: float | None) -> None:
@@ -79,9 +82,10 @@ def make_work(hidden_ND: Tensor, head_VD: Tensor, tiles: int) -> Work:
     (N, _), V, device = hidden_ND.shape, len(head_VD), hidden_ND.device
     dtype = torch.promote_types(hidden_ND.dtype, head_VD.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    most = _ROWS.get(device.type, _ROWS_ELSE)
-    rows = max(1, -(-N // max(1, -(-N // most))))  # equal blocks: a small last one would read the whole head again
-    cols = min(V, max(1, _TILE.get(device.type, _TILE_ELSE) // rows))
+    kind = device.type if device.type in ROWS else "other"
+    blocks = max(1, -(-N // ROWS[kind]))
+    rows = max(1, -(-N // blocks))  # equal blocks: a small last one would read the whole head again
+    cols = min(V, max(1, TILE[kind] // rows), max(4096, V // 16))
     memory = tuple(torch.empty(rows * cols, dtype=wide, device=device) for _ in range(tiles))
     product = memory[0] if wide == dtype else torch.empty(rows * cols, dtype=dtype, device=device)
     return Work(dtype=dtype, wide=wide, rows=rows, cols=cols, product=product, tiles=memory)
@@ -96,8 +100,10 @@ def low_rank(hidden_RD: Tensor, head: Head, dtype: torch.dtype) -> Tensor | None
     return None if head.A_rD is None else hidden_RD @ (head.A_rD.to(dtype).T * head.s)
 
 
-def logits(hidden_RD: Tensor, low_Rr: Tensor | None, part: Head, options: Options, work: Work) -> Tensor:
-    """z of one tile, in the sums' type, in the first tile's memory."""
+def logits(
+    hidden_RD: Tensor, low_Rr: Tensor | None, part: Head, options: Options, work: Work, *, tanh: bool
+) -> tuple[Tensor, Tensor | None]:
+    """z of one tile, in the sums' type; and, if ``tanh`` and there is a softcap, tanh(x / softcap)."""
     slope = options.scale / options.softcap if options.softcap else options.slope
     R, C = len(hidden_RD), len(part.weight_VD)
     z_RC, product_RC = work.view(work.tiles[0], R, C), work.view(work.product, R, C)
@@ -107,17 +113,21 @@ def logits(hidden_RD: Tensor, low_Rr: Tensor | None, part: Head, options: Option
     if work.dtype != work.wide:
         z_RC.copy_(product_RC)
     if part.bias_V is not None:
-        z_RC.add_(part.bias_V, alpha=slope)
-    if options.softcap:
-        z_RC.tanh_().mul_(options.softcap / options.temperature)
-    return z_RC
+        z_RC.add_(part.bias_V.clamp(min=FORBIDDEN), alpha=slope)
+    if not options.softcap:
+        return z_RC, None
+    tanh_RC = torch.tanh(z_RC, out=work.view(work.tiles[1], R, C) if tanh else z_RC)
+    return torch.mul(tanh_RC, options.softcap / options.temperature, out=z_RC), tanh_RC if tanh else None
 
 
-def flatness(z: Tensor, options: Options, out: Tensor | None = None) -> Tensor:
-    """1 - tanh(x / softcap)^2, the slope of the cap at z relative to its slope at 0."""
-    assert options.softcap is not None
-    tanh = torch.mul(z, options.temperature / options.softcap, out=out)
-    return tanh.square_().neg_().add_(1)
+def flatten_(x_RC: Tensor, tanh_RC: Tensor | None) -> Tensor:
+    """x times the slope of the softcap, 1 - tanh^2, in place; ``tanh_RC`` is overwritten."""
+    return x_RC if tanh_RC is None else x_RC.addcmul_(x_RC, tanh_RC.square_(), value=-1)
+
+
+def flatness(z: Tensor, options: Options) -> Tensor | float:
+    """The slope of the softcap at z."""
+    return 1 - (z * (options.temperature / options.softcap)).square() if options.softcap else 1.0
 
 
 def accumulate(sum_RX: Tensor, tile_RC: Tensor, weight_CX: Tensor, work: Work) -> None:
