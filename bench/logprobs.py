@@ -8,8 +8,8 @@ that a slow moment of the machine strikes each; figures are medians over rounds.
 memory over what stood there before the call, each contender in a process of its own. Log-probs and the gradient of
 hidden are compared with naive autograd's before anything is timed.
 
-The last table, for a frozen head, is a batch of which a share of the positions is trained: ft projects only those. ``naive`` projects
-all, as a model's forward does, and so does TRL's path away from a GPU.
+The last table, for a frozen head, is a batch of which a share of the positions is trained: ft projects only those.
+``naive`` projects all, as a model's forward does, and so does TRL's path away from a GPU.
 """
 
 from __future__ import annotations
