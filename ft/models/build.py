@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ft.dist import World
 from ft.errors import ModelError, RecipeError
 from ft.io.adapter import load_adapter
-from ft.io.weights import ModelFolder, open_weights
+from ft.io.weights import ModelFolder, listing, open_weights
 from ft.models import experts, leak, load, lora, quant, tiny
 from ft.models.policy import Policy, Scorer, has_balance_loss
 from ft.recipe import LoRA, Model, Parallel
@@ -116,7 +116,9 @@ def build(
     if model.tiny or folder is None:
         load.fill_random(scorer, seed, device=world.device)
     else:
-        load.fill(scorer, open_weights(folder.path), device=world.device, where=str(folder.path))
+        filled = load.fill(scorer, open_weights(folder.path), device=world.device, where=str(folder.path))
+        if filled.dropped:
+            say(f"{len(filled.dropped):,} stored tensors have no part in the language model: {listing(filled.dropped)}")
     quant.verify(net, made.items)
     if adapter:
         start_adapter(net, adapter, seed)

@@ -77,12 +77,12 @@ def _linears(model: nn.Module) -> Iterator[Item]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear) or isinstance(module, NF4Linear) or module is head:
             continue
-        if not is_router(path) and not _bypassed(model, path):
+        if not is_router(path) and not is_bypassed(model, path):
             yield Item(path=path, leaf="weight", kind="linear", shape=tuple(module.weight.shape))
 
 
-def _bypassed(model: nn.Module, path: str) -> bool:
-    """Fused Mamba code reads out_proj's weight past its module, and could make nothing of packed codes."""
+def is_bypassed(model: nn.Module, path: str) -> bool:
+    """Fused Mamba code reads out_proj's weight past its module: packed codes or an adapter there would not be seen."""
     parent, _, leaf = path.rpartition(".")
     return leaf == "out_proj" and "Mamba" in type(model.get_submodule(parent)).__name__
 

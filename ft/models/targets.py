@@ -25,7 +25,7 @@ from torch import nn
 
 from ft.errors import ModelError
 from ft.models.experts import expert_modules, stack_names
-from ft.models.quant import is_router
+from ft.models.quant import is_bypassed, is_router
 
 EVERYTHING = "all-linear"
 GROUPS = ("attention", "mlp", "shared_experts", "experts", EVERYTHING)
@@ -54,7 +54,7 @@ def adaptable(model: Any) -> Weights:
     """Every linear layer and every stack of experts of a transformers model, with its group."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linears = {
-        name: "" if module is head or _bypassed(model, name) else _group(name.split("."))
+        name: "" if module is head or is_bypassed(model, name) else _group(name.split("."))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
@@ -73,12 +73,6 @@ def _group(path: Sequence[str]) -> str:
     if "mixer" in parents:  # one name for what a layer does, whatever that is
         return next((group for group, leaves in _IN_MIXER.items() if leaf in leaves), EVERYTHING)
     return "mlp" if _DENSE.intersection(parents) else EVERYTHING
-
-
-def _bypassed(model: nn.Module, name: str) -> bool:
-    """Fused Mamba code reads out_proj's weight without calling the module, so an adapter on it would do nothing."""
-    parent, _, leaf = name.rpartition(".")
-    return leaf == "out_proj" and "Mamba" in type(model.get_submodule(parent)).__name__
 
 
 def resolve(model: Any, targets: Sequence[str]) -> dict[str, tuple[str, ...]]:
