@@ -199,7 +199,7 @@ class _Terms(NamedTuple):
     def per_token(self) -> Tensor:
         """The difference of the scores, each divided by its answer's tokens."""
         assert self.lengths is not None
-        n_w, n_l = (n.to(self.c.dtype).clamp(min=1) for n in self.lengths)
+        n_w, n_l = (upcast(n).detach().clamp(min=1) for n in self.lengths)
         return self.score_c / n_w - self.score_l / n_l
 
 

@@ -204,14 +204,15 @@ def cpo(
     if kind == "ipo":
         if n_w is None or n_l is None:
             raise ValueError("cpo: ipo: expected lengths=(chosen_P, rejected_P), got None")
-        loss_P = (chosen / upcast(n_w).clamp(min=1) - rejected / upcast(n_l).clamp(min=1) - 0.5 / beta) ** 2
+        n_w, n_l = (upcast(n).detach().clamp(min=1) for n in (n_w, n_l))
+        loss_P = (chosen / n_w - rejected / n_l - 0.5 / beta) ** 2
     elif kind == "hinge":
         loss_P = torch.relu(1 - beta * (chosen - rejected))
     else:
         loss_P = logistic(beta * (chosen - rejected), label_smoothing)
     if sft != 0:
         sft_P = chosen if sft_P is None else sft_P
-        tokens = n_w.sum() if tokens is None and n_w is not None else tokens
+        tokens = lengths[0].sum() if tokens is None and lengths is not None else tokens
     loss, nll = _with_sft("cpo", mean_share(loss_P, units), sft, sft_P, tokens)
     return LossOutput(loss=loss, sums=detached(_reference_free_sums(beta, chosen, rejected, units) | nll))
 
