@@ -143,7 +143,7 @@ def wpo_weights(logp_T: Tensor, log_sum_sq_T: Tensor, mask_T: Tensor, seq_T: Ten
     """WPO's weight of each answer [S]: exp of the mean over its trained tokens of logp - log sum_v p(v)^2. No gradient.
 
     How likely the policy itself would be to write the answer, against what it writes on average. A pair weighs the
-    product of its answers' weights (``weight_P``); the paper's code holds the product at 1 or less, which is
+    product of its answers' weights (``weight_P``); to hold the product at 1 or less, as some do, is for the caller:
     ``.clamp(max=1)``. An answer without trained tokens weighs 1. Source: WPO 2406.11827, equation 2.
 
     Args:
