@@ -157,7 +157,10 @@ def whiten(
         ones_PG = torch.ones_like(gen_PGD[..., 0]) if valid_PG is None else valid_PG.to(gen_PGD.dtype)
         along_PK = (u_PGK.mT @ ones_PG[..., None])[..., 0] * inverse_PK
         ref_PGD = (u_PGK @ along_PK[..., None]) * ref_PGD
-    return white_PGD, ref_PGD
+    if valid_PG is None:
+        return white_PGD, ref_PGD
+    here_PG1 = valid_PG[..., None]  # their rows are rounding only, but a rounding has a direction
+    return torch.where(here_PG1, white_PGD, 0.0), torch.where(here_PG1, ref_PGD, 0.0)
 
 
 def _detached_pair(gen_PGD: Tensor, ref_PD: Tensor, valid_PG: Tensor | None) -> tuple[Tensor, Tensor]:
