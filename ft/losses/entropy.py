@@ -42,7 +42,10 @@ def threshold(entropy_T: Tensor, mask_T: Tensor, *, fraction: float) -> Tensor:
     last = mask_T.sum() - 1
     place = (last.double() * (1 - fraction)).clamp(min=0)
     below = place.floor().long()
-    low, high = value_T[below], value_T[torch.minimum(below + 1, last.clamp(min=0))]
+    above = torch.minimum(below + 1, last.clamp(min=0))
+    low, high = value_T.index_select(
+        0, torch.stack([below, above])
+    ).unbind()  # value_T[below] would wait for the device
     return torch.where(low.isinf(), low, torch.lerp(low, high, (place - below).to(low.dtype)))
 
 
