@@ -41,9 +41,12 @@ def lengths(mask_T: Tensor, seq_T: Tensor) -> Tensor:
     return per_sequence_sum(mask_T, seq_T).clamp(min=1)
 
 
-def per_sequence_mean(x_T: Tensor, mask_T: Tensor, seq_T: Tensor) -> Tensor:
-    """At each token the mean of ``x_T`` over the trained tokens of its sequence; 0 in a sequence that has none."""
-    return per_sequence_sum(torch.where(mask_T, x_T, 0.0), seq_T) / lengths(mask_T, seq_T)
+def per_sequence_mean(x_T: Tensor, mask_T: Tensor, seq_T: Tensor, *, length_T: Tensor | None = None) -> Tensor:
+    """At each token the mean of ``x_T`` over the trained tokens of its sequence; 0 in a sequence that has none.
+
+    ``x_T`` must be 0 where ``mask_T`` is False. ``length_T``: ``lengths(mask_T, seq_T)``, where already known.
+    """
+    return per_sequence_sum(x_T, seq_T) / (lengths(mask_T, seq_T) if length_T is None else length_T)
 
 
 def count_sequences(mask_T: Tensor, seq_T: Tensor) -> Tensor:
@@ -60,6 +63,7 @@ def mean(
     constant: float | None = None,
     tokens: Count | None = None,
     seqs: Count | None = None,
+    length_T: Tensor | None = None,
 ) -> Tensor:
     """This call's share of the step's mean of ``x_T``, which is 0 where ``mask_T`` is False.
 
@@ -70,6 +74,7 @@ def mean(
 
     ``tokens`` and ``seqs`` default to this call's own trained tokens, and its own sequences with a trained token.
     A sequence whose tokens are all masked therefore adds nothing and is not counted, unless ``seqs`` counts it.
+    ``length_T``: ``lengths(mask_T, seq_T)``, where already known.
     """
     check_option("aggregate", how, AGGREGATES)
     if (how == "constant") != (constant is not None):
@@ -77,7 +82,8 @@ def mean(
     if how == "token":
         return share(x_T.sum(), mask_T.sum() if tokens is None else tokens)
     if how == "sequence":
-        x_T = x_T / lengths(mask_T, needs_seq(f"aggregate={how!r}", seq_T))
+        seq_T = needs_seq(f"aggregate={how!r}", seq_T)
+        x_T = x_T / (lengths(mask_T, seq_T) if length_T is None else length_T)
     if seqs is None:
         seqs = count_sequences(mask_T, needs_seq(f"aggregate={how!r} without seqs", seq_T))
     total = share(x_T.sum(), seqs)

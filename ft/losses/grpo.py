@@ -7,7 +7,8 @@ in kind. ``seq_T`` numbers the sequences 0 .. S-1 (filler S), so nothing is padd
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, TypedDict
+from functools import partial
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -22,14 +23,19 @@ LEVELS = {"token": "token", "sequence": "geometric", "sequence_token": "geometri
 
 
 class Terms(NamedTuple):
-    """What a policy term is made of; 0 wherever ``mask_T`` is False."""
+    """What a policy term is made of; 0 wherever ``mask_T`` is False, but for ``raw_logp_T``."""
 
-    logp_T: Tensor  # with gradient
+    raw_logp_T: Tensor  # as given, whatever stands at untrained places
     adv_T: Tensor
     mask_T: Tensor
     seq_T: Tensor | None
     drift_T: Tensor  # logp - old_logp of each token, with gradient
     log_ratio_T: Tensor  # the same at the level asked for, held to +-20
+    length_T: Tensor | None  # trained tokens of each token's sequence, where the level needed it
+
+    def logp_T(self) -> Tensor:
+        """With gradient. A function, so that losses of the ratio alone do not pay for it."""
+        return keep(self.raw_logp_T, self.mask_T)
 
 
 class Common(TypedDict, total=False):
@@ -136,12 +142,15 @@ def terms(
     """Check and mask the inputs of a policy loss, and raise the log-ratio to ``level`` (see ``grpo``)."""
     check_option("level", level, tuple(LEVELS))
     average.check_tokens(what, mask_T, seq_T, logp_T=logp_T, old_logp_T=old_logp_T, adv_T=adv_T)
-    logp_T = keep(logp_T, mask_T)
-    drift_T = logp_T - (logp_T if old_logp_T is None else keep(old_logp_T, mask_T)).detach()
-    log_ratio_T = at_level(drift_T, mask_T, seq_T, LEVELS[level])
+    old_logp_T = (logp_T if old_logp_T is None else old_logp_T).detach()
+    drift_T = keep(upcast(logp_T) - upcast(old_logp_T), mask_T)
+    length_T = None
+    if LEVELS[level] == "geometric":
+        length_T = average.lengths(mask_T, average.needs_seq(f"level={level!r}", seq_T))
+    log_ratio_T = at_level(drift_T, mask_T, seq_T, LEVELS[level], length_T=length_T)
     if level == "sequence_token":
         log_ratio_T = log_ratio_T.detach() + (drift_T - drift_T.detach())
-    return Terms(logp_T, keep(adv_T, mask_T).detach(), mask_T, seq_T, drift_T, log_ratio_T)
+    return Terms(logp_T, keep(adv_T, mask_T).detach(), mask_T, seq_T, drift_T, log_ratio_T, length_T)
 
 
 def finish(
@@ -168,14 +177,13 @@ def finish(
     for factor_T in (is_weight_T, keep_T):
         policy_T = policy_T if factor_T is None else policy_T * keep(factor_T, t.mask_T).detach()
 
-    def mean(x_T: Tensor) -> Tensor:
-        return average.mean(x_T, t.mask_T, t.seq_T, how=aggregate, constant=constant, tokens=tokens, seqs=seqs)
-
+    options: dict[str, Any] = {"constant": constant, "tokens": tokens, "seqs": seqs, "length_T": t.length_T}
+    mean = partial(average.mean, mask_T=t.mask_T, seq_T=t.seq_T, how=aggregate, **options)
     loss = policy_loss = mean(policy_T)
     tokens = t.mask_T.sum() if tokens is None else tokens
     sums = {"policy_loss": policy_loss, **_watch(t, clipped or {}, is_weight_T, keep_T, tokens)}
     if ref_logp_T is not None:
-        kl_T = kl_terms.estimate(t.logp_T, keep(ref_logp_T, t.mask_T), kind=kl)
+        kl_T = kl_terms.estimate(t.logp_T(), keep(ref_logp_T, t.mask_T), kind=kl)
         sums["kl"] = share(kl_T.detach().sum(), tokens)
         if kl_coef:
             loss = loss + kl_coef * mean(kl_T * t.log_ratio_T.exp() if kl_bias_correction else kl_T)
@@ -198,25 +206,30 @@ def _surrogate(
 def _watch(
     t: Terms, clipped: Mapping[str, Tensor], is_weight_T: Tensor | None, keep_T: Tensor | None, tokens: Count
 ) -> dict[str, Tensor]:
-    bounded_T = t.drift_T.clamp(-kl_terms.BOUND, kl_terms.BOUND)
-    watched = {
-        "ratio": keep(t.log_ratio_T.exp(), t.mask_T),
-        "approx_kl": torch.expm1(bounded_T) - bounded_T,
-        **{name: upcast(hit_T) for name, hit_T in clipped.items()},
+    """Means over the trained tokens. Everything summed is finite, so a product with the mask selects."""
+    trained_T = t.mask_T.to(t.log_ratio_T.dtype)
+    drift_T = t.drift_T.clamp(-kl_terms.BOUND, kl_terms.BOUND)
+    totals = {
+        "ratio": torch.dot(t.log_ratio_T.exp(), trained_T),
+        "approx_kl": (torch.expm1(drift_T) - drift_T).sum(),
+        **{name: hit_T.sum() for name, hit_T in clipped.items()},
     }
     if is_weight_T is not None:
-        watched |= {"is_weight": keep(is_weight_T, t.mask_T), "is_zero": upcast((is_weight_T == 0) & t.mask_T)}
+        totals |= {"is_weight": keep(is_weight_T, t.mask_T).sum(), "is_zero": ((is_weight_T == 0) & t.mask_T).sum()}
     if keep_T is not None:
-        watched["kept"] = keep(keep_T, t.mask_T)
-    return {name: share(x_T.sum(), tokens) for name, x_T in watched.items()}
+        totals["kept"] = keep(keep_T, t.mask_T).sum()
+    means = share(torch.stack([x.to(trained_T.dtype) for x in totals.values()]), tokens)
+    return dict(zip(totals, means.unbind(), strict=True))
 
 
 @torch.no_grad()
 def _extremes(t: Terms) -> dict[str, Tensor]:
     """The greatest ratio and inverse ratio; exp(-inf) = 0 stands for none, so that it disturbs no maximum."""
-    none = t.log_ratio_T.new_full((1,), -torch.inf)
-    signed = {"ratio_max": t.log_ratio_T, "ratio_inverse_max": -t.log_ratio_T}
-    return {n: torch.cat([none, torch.where(t.mask_T, x_T, -torch.inf)]).amax().exp() for n, x_T in signed.items()}
+    if not t.mask_T.numel():
+        return {name: t.log_ratio_T.new_zeros(()) for name in ("ratio_max", "ratio_inverse_max")}
+    high = torch.where(t.mask_T, t.log_ratio_T, -torch.inf).amax()
+    low = torch.where(t.mask_T, t.log_ratio_T, torch.inf).amin()
+    return {"ratio_max": high.exp(), "ratio_inverse_max": (-low).exp()}
 
 
 def _check_clip(clip: tuple[float, float] | None, dual_clip: float | None) -> None:

@@ -18,17 +18,20 @@ LEVELS = ("token", "sequence", "geometric")
 MODES = ("truncate", "mask")
 
 
-def at_level(log_ratio_T: Tensor, mask_T: Tensor, seq_T: Tensor | None, level: str) -> Tensor:
+def at_level(
+    log_ratio_T: Tensor, mask_T: Tensor, seq_T: Tensor | None, level: str, *, length_T: Tensor | None = None
+) -> Tensor:
     """Log-ratios of tokens raised to ``level``, held to +-20 and laid at each token, [T].
 
     ``"token"``: as they are. ``"sequence"``: the sum over the sequence, which is the ratio of the whole answer.
     ``"geometric"``: the mean over its trained tokens. Differentiable; the gradient is 0 where the bound holds.
+    ``log_ratio_T`` is 0 where ``mask_T`` is False.
     """
     check_option("level", level, LEVELS)
     if level == "sequence":
         log_ratio_T = per_sequence_sum(log_ratio_T, needs_seq(f"level={level!r}", seq_T))
     if level == "geometric":
-        log_ratio_T = per_sequence_mean(log_ratio_T, mask_T, needs_seq(f"level={level!r}", seq_T))
+        log_ratio_T = per_sequence_mean(log_ratio_T, mask_T, needs_seq(f"level={level!r}", seq_T), length_T=length_T)
     return log_ratio_T.clamp(-BOUND, BOUND)
 
 

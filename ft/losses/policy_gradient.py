@@ -30,7 +30,7 @@ def reinforce(logp_T: Tensor, adv_T: Tensor, mask_T: Tensor, **common: Unpack[Co
     For samples of another policy give ``is_weight_T``. Averaged over tokens unless ``aggregate`` says otherwise.
     """
     t = terms("reinforce", logp_T, None, adv_T, mask_T, common.pop("seq_T", None))
-    return finish(-t.adv_T * t.logp_T, t, **_rest(common))
+    return finish(-t.adv_T * t.logp_T(), t, **_rest(common))
 
 
 def rloo(
@@ -91,7 +91,7 @@ def cispo(
     t = terms("cispo", logp_T, old_logp_T, adv_T, mask_T, common.pop("seq_T", None), level)
     ratio_T = t.log_ratio_T.detach().exp()
     clipped = {"clip_low": (ratio_T < floor) & (t.adv_T < 0), "clip_high": (ratio_T > cap) & (t.adv_T > 0)}
-    return finish(-ratio_T.clamp(floor, cap) * t.adv_T * t.logp_T, t, clipped=clipped, **_rest(common))
+    return finish(-ratio_T.clamp(floor, cap) * t.adv_T * t.logp_T(), t, clipped=clipped, **_rest(common))
 
 
 def sapo(
@@ -139,7 +139,7 @@ def gmpo(
     low_T, high_T = t.log_ratio_T.clamp(min=-clip[0]), t.log_ratio_T.clamp(max=clip[1])
     keep_T = common.pop("keep_T", None)
     kept_T = mask_T if keep_T is None else mask_T & (keep_T != 0)
-    clipped_T = per_sequence_mean(torch.where(t.adv_T > 0, high_T, low_T), kept_T, seq_T)
+    clipped_T = per_sequence_mean(torch.where(kept_T, torch.where(t.adv_T > 0, high_T, low_T), 0.0), kept_T, seq_T)
     clipped = {
         "clip_low": (t.log_ratio_T < -clip[0]) & (t.adv_T < 0),
         "clip_high": (t.log_ratio_T > clip[1]) & (t.adv_T > 0),
@@ -172,7 +172,7 @@ def vespo(
     log_w_T = _log_answer_weight(t, seq_T, is_weight_T)
     k_T, lam_T = torch.where(t.adv_T >= 0, *k), torch.where(t.adv_T >= 0, *lam)
     phi_T = (lam_T + k_T * log_w_T - lam_T * log_w_T.exp()).exp()
-    return finish(-phi_T * t.adv_T * t.logp_T, t, **_rest(common))
+    return finish(-phi_T * t.adv_T * t.logp_T(), t, **_rest(common))
 
 
 def dppo(
@@ -199,14 +199,14 @@ def dppo(
     for value in clip:
         check_number("clip", value, 0)
     t = terms("dppo", logp_T, old_logp_T, adv_T, mask_T, common.pop("seq_T", None))
-    p_T, q_T = t.logp_T.detach().exp(), keep(old_logp_T, mask_T).exp()
+    p_T, q_T = t.logp_T().detach().exp(), keep(old_logp_T, mask_T).exp()
     far_T = (p_T - q_T).abs() if divergence == "tv" else _binary_kl(p_T, q_T, t.log_ratio_T.detach())
     clipped = {
         "clip_low": (t.adv_T <= 0) & (p_T < q_T) & (far_T > clip[0]),
         "clip_high": (t.adv_T > 0) & (p_T > q_T) & (far_T > clip[1]),
     }
     weight_T = torch.where(clipped["clip_low"] | clipped["clip_high"], 0.0, t.log_ratio_T.detach().exp().clamp(max=cap))
-    return finish(-weight_T * t.adv_T * t.logp_T, t, clipped=clipped, **_rest(common))
+    return finish(-weight_T * t.adv_T * t.logp_T(), t, clipped=clipped, **_rest(common))
 
 
 def _log_answer_weight(t: Terms, seq_T: Tensor, is_weight_T: Tensor | None) -> Tensor:
