@@ -128,8 +128,12 @@ def test_half_precision_keeps_float32_sums_and_gives_gradients_of_its_own_type()
     out = generalized_jsd(student, teacher).loss
     out.backward()
     assert out.dtype == torch.float32 and student.grad is not None and student.grad.dtype == torch.bfloat16
-    exact = generalized_jsd(student.double(), teacher.double()).loss
-    assert out.item() == pytest.approx(exact.item(), abs=1e-6)
+    wide = student.detach().double().requires_grad_()
+    exact = generalized_jsd(wide, teacher.double()).loss
+    exact.backward()
+    assert out.item() == pytest.approx(exact.item(), abs=1e-6) and wide.grad is not None
+    # 1/300 in bfloat16 is 0.1% off: the gradients are not
+    assert (student.grad.double() * wide.grad).sum() / wide.grad.square().sum() == pytest.approx(1, abs=2e-4)
 
 
 def test_a_tail_never_adds_divergence_and_all_entries_leave_none() -> None:
@@ -153,6 +157,8 @@ def test_the_tail_trains_the_logits_it_came_from(tail: bool) -> None:
     assert torch.autograd.gradcheck(loss, logits)
     full = torch.zeros(1, 2).log_softmax(-1).float()  # nothing is left for the tail: finite all the same
     assert topk_jsd(full, full).loss.item() == pytest.approx(0.0, abs=1e-6)
+    half = full + math.log(0.5)  # the teacher has half elsewhere: .5 log(.5 / 1) + .5 log(.5 / 1e-7)
+    assert topk_jsd(full, half).loss.item() == pytest.approx(0.5 * math.log(0.5) + 0.5 * math.log(0.5e7), rel=1e-3)
 
 
 def test_sampled_tokens_give_the_gradient_of_reverse_kl_on_average() -> None:

@@ -232,6 +232,8 @@ def test_a_single_sample_equal_samples_and_no_sample_are_defined() -> None:
     for kind in ("independent", "leave_one_out", "none"):  # REINFORCE: nothing to compare with
         assert advantages(*terms, kind=kind, scale="samples").item() == pytest.approx(terms[0].item())
     assert advantages(*terms, kind="mean").item() == 0
+    two = torch.tensor([[1.0, 3.0]]), torch.tensor([[5.0, 8.0]])  # nothing is known of pairs without j: alignment alone
+    assert baseline(*two).tolist() == [[3.0, 1.0]]
     same = one.float().expand(1, 4, 4)
     equal = alignment(same, ref.float()), diversity(same)
     assert advantages(*equal, scale="samples").abs().max() < 0.02  # rounding, and not rounding / 1e-8

@@ -15,15 +15,15 @@ as there, and not the limits of the first line, which are 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import log, log1p
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-from ft.losses.reduce import Count, check_number, check_same, detached, keep, share
+from ft.losses.reduce import Count, check_number, check_same, detached, keep, share, upcast
 from ft.types import LossOutput
 
 TILE = 2**24  # entries of the logits worked on in float32 at a time: 64 MiB
@@ -46,15 +46,14 @@ def generalized_jsd(
             -inf has probability 0 and adds nothing where its partner is 0 as well.
         mask_N: bool, True where the position is trained; all by default. Other rows may hold anything.
         tokens: the denominator, by default the positions of this call.
-        tile: entries in float32 at a time. It changes memory alone: nothing but the inputs is kept for the backward
-            pass, which makes the distributions again, tile by tile. There is no second derivative.
+        tile: entries in float32 at a time. It changes memory alone: the gradient is made together with the value, tile
+            by tile and in the student's type, and is all that is kept. There is no second derivative.
 
     There is no factor temperature^2: multiply the loss if it is meant. An all-masked call is 0 with zero gradients.
     """
     mask_N = _check_rows("generalized_jsd", student_NV, teacher_NV, mask_N)
     _check_options("generalized_jsd", beta, temperature, tile)
-    jsd_N = _JSD.apply(student_NV, teacher_NV.detach(), mask_N, beta, temperature, tile)
-    return _mean(jsd_N, mask_N, tokens)
+    return _mean(_JSD.apply(student_NV, teacher_NV.detach(), mask_N, beta, temperature, tile), mask_N, tokens)
 
 
 def linear_jsd(
@@ -70,9 +69,8 @@ def linear_jsd(
     tile: int = TILE,
 ) -> LossOutput:
     """``generalized_jsd`` of logits student_ND @ head_VD.T and teacher_NE @ teacher_head_VE.T that never exist at
-    once: both are made for ``tile // V`` positions at a time, and again in the backward pass.
-
-    Gradients go to ``student_ND`` and ``head_VD``. The two widths may differ, the vocabularies may not.
+    once: both are made for ``tile // V`` positions at a time, and their gradient is carried on to ``student_ND`` and
+    ``head_VD`` (where these want one) at once. The two widths may differ, the vocabularies may not.
     """
     _check_options("linear_jsd", beta, temperature, tile)
     shapes = [tuple(x.shape) for x in (student_ND, head_VD, teacher_NE, teacher_head_VE)]
@@ -81,18 +79,10 @@ def linear_jsd(
     if shapes[0][0] != shapes[2][0] or shapes[1][0] != shapes[3][0]:
         raise ValueError(f"linear_jsd: expected the same positions and one vocabulary, got {shapes}")
     mask_N = _check_mask("linear_jsd", mask_N, student_ND)
-    rows = max(1, tile // max(1, head_VD.shape[0]))
-    # masked rows are zeroed before the product: a NaN there would reach the head's gradient as 0 * NaN
-    student_ND = torch.where(mask_N[:, None], student_ND, 0.0)
-    teacher_NE, teacher_head_VE = teacher_NE.detach(), teacher_head_VE.detach()
-
-    def part(hidden_ND: Tensor, teacher_NE: Tensor, mask_N: Tensor, head_VD: Tensor) -> Tensor:
-        logits_NV, teacher_NV = hidden_ND @ head_VD.mT, teacher_NE @ teacher_head_VE.mT
-        return _JSD.apply(logits_NV, teacher_NV, mask_N, beta, temperature, tile)
-
-    tiles = zip(student_ND.split(rows), teacher_NE.split(rows), mask_N.split(rows), strict=True)
-    parts = [checkpoint(part, *tile_, head_VD, use_reentrant=False, preserve_rng_state=False) for tile_ in tiles]
-    return _mean(torch.cat(parts), mask_N, tokens)
+    total = _LinearJSD.apply(
+        student_ND, head_VD, teacher_NE.detach(), teacher_head_VE.detach(), mask_N, beta, temperature, tile
+    )
+    return _mean(total, mask_N, tokens)
 
 
 def topk_jsd(
@@ -136,71 +126,114 @@ def sampled_kl(logp_T: Tensor, teacher_logp_T: Tensor, mask_T: Tensor, *, tokens
 
 
 class _JSD(torch.autograd.Function):
-    """Divergence per position, 0 where masked, and its gradient by the student's logits, both in tiles of rows."""
+    """Sum over the positions of the mask. Its gradient by the student's logits is all that is kept for backward."""
 
     @staticmethod
     def forward(
         ctx: Any, student_NV: Tensor, teacher_NV: Tensor, mask_N: Tensor, beta: float, temperature: float, tile: int
     ) -> Tensor:
-        rows = max(1, tile // max(1, student_NV.shape[1]))
-        parts = []
-        for s_NV, t_NV, m_N in zip(student_NV.split(rows), teacher_NV.split(rows), mask_N.split(rows), strict=True):
-            logs = _logs(s_NV, m_N, temperature), _logs(t_NV, m_N, temperature)
-            parts.append(torch.where(m_N, _divergence(*logs, beta), 0.0))
-        ctx.save_for_backward(student_NV, teacher_NV, mask_N)
-        ctx.options = beta, temperature, rows
-        return torch.cat(parts)
+        grad_NV = torch.empty_like(student_NV) if ctx.needs_input_grad[0] else None
+        total = mask_N.new_zeros((), dtype=_wide(student_NV))
+        for part in _tiles(student_NV.shape, tile):
+            jsd_N, slope_NV = _divergence(student_NV[part], teacher_NV[part], mask_N[part], beta, temperature)
+            total += jsd_N.sum()
+            if grad_NV is not None:
+                grad_NV[part] = slope_NV
+        ctx.save_for_backward(grad_NV)
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        student_NV, teacher_NV, mask_N = ctx.saved_tensors
-        beta, temperature, rows = ctx.options
-        grad_NV = torch.empty_like(student_NV)
-        parts = (x.split(rows) for x in (student_NV, teacher_NV, mask_N, grads[0], grad_NV))
-        for s_NV, t_NV, m_N, grad_N, out_NV in zip(*parts, strict=True):
-            logs = _logs(s_NV, m_N, temperature), _logs(t_NV, m_N, temperature)
-            scale_N1 = torch.where(m_N, grad_N / temperature, 0.0)[:, None]
-            out_NV.copy_(_slope(*logs, beta).mul_(scale_N1))
-        return grad_NV, None, None, None, None, None
+        (grad_NV,) = ctx.saved_tensors
+        return _scaled(grad_NV, grads[0]), None, None, None, None, None
 
 
-def _logs(x_NV: Tensor, mask_N: Tensor, temperature: float) -> Tensor:
-    """log softmax; masked rows are uniform, whatever they hold."""
-    return (keep(x_NV, mask_N[:, None]) / temperature).log_softmax(-1)
+class _LinearJSD(torch.autograd.Function):
+    """The same sum from hidden states; kept for backward are the gradients by the states and the head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_ND: Tensor, head_VD: Tensor, teacher_NE: Tensor, teacher_head_VE: Tensor, mask_N: Tensor,
+        beta: float, temperature: float, tile: int,
+    ) -> Tensor:  # fmt: skip
+        wide = _wide(student_ND)
+        grad_ND = torch.empty_like(student_ND) if ctx.needs_input_grad[0] else None
+        grad_VD = torch.zeros_like(head_VD, dtype=wide) if ctx.needs_input_grad[1] else None
+        total = mask_N.new_zeros((), dtype=wide)
+        for part in _tiles((len(student_ND), len(head_VD)), tile):
+            # zeroed before the product: a masked NaN would reach the head's gradient as 0 * NaN
+            hidden_ND = torch.where(mask_N[part, None], student_ND[part], 0.0)
+            logits = hidden_ND @ head_VD.mT, teacher_NE[part] @ teacher_head_VE.mT
+            jsd_N, slope_NV = _divergence(*logits, mask_N[part], beta, temperature)
+            total += jsd_N.sum()
+            slope_NV = slope_NV.to(head_VD.dtype)
+            if grad_ND is not None:
+                grad_ND[part] = slope_NV @ head_VD
+            if grad_VD is not None:
+                grad_VD += slope_NV.mT @ hidden_ND
+        ctx.save_for_backward(grad_ND, None if grad_VD is None else grad_VD.to(head_VD.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_ND, grad_VD = ctx.saved_tensors
+        return _scaled(grad_ND, grads[0]), _scaled(grad_VD, grads[0]), *[None] * 6
 
 
-def _mixture(s_NV: Tensor, t_NV: Tensor, beta: float) -> Tensor:
-    """log((1 - beta) s + beta t) of log-probs."""
-    return torch.logaddexp(s_NV + log1p(-beta), t_NV + log(beta))
+def _tiles(shape: Sequence[int], tile: int) -> list[slice]:
+    """Slices of rows, of at most ``tile`` entries each (one row at least)."""
+    rows = max(1, tile // max(1, shape[1]))
+    return [slice(start, start + rows) for start in range(0, shape[0], rows)]
 
 
-def _kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:
-    """KL(p | q) per row of log-probs; an entry of probability 0 in p adds 0 (and not 0 * inf)."""
-    gap_NV = torch.where(p_NV == -torch.inf, 0.0, p_NV - q_NV)
-    return (p_NV.exp() * gap_NV).sum(-1)
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _divergence(s_NV: Tensor, t_NV: Tensor, beta: float) -> Tensor:
-    if beta in (0, 1):
-        return _kl(s_NV, t_NV) if beta else _kl(t_NV, s_NV)
-    m_NV = _mixture(s_NV, t_NV, beta)
-    return beta * _kl(t_NV, m_NV) + (1 - beta) * _kl(s_NV, m_NV)
+def _scaled(x_NV: Tensor | None, by: Tensor) -> Tensor | None:
+    """``x * by``, multiplied in the type of ``by``: 1/tokens rounded to bfloat16 would be off for all alike."""
+    if x_NV is None or x_NV.dtype == by.dtype:
+        return None if x_NV is None else x_NV * by
+    out_NV = torch.empty_like(x_NV)
+    for part in _tiles(x_NV.shape, TILE):
+        out_NV[part] = x_NV[part].to(by.dtype) * by
+    return out_NV
 
 
-def _slope(s_NV: Tensor, t_NV: Tensor, beta: float) -> Tensor:
-    """Derivative of ``_divergence`` by the student's logits, times the temperature.
+def _logs(x_NV: Tensor, temperature: float) -> Tensor:
+    """log softmax in a tensor of its own; an entry of probability 0 gets a finite log, so that 0 times it is 0."""
+    x_NV = upcast(x_NV)
+    logs_NV = (x_NV if temperature == 1 else x_NV / temperature).log_softmax(-1)
+    return logs_NV.clamp_(min=torch.finfo(logs_NV.dtype).min / 8)
 
-    dJ/ds_v is (1 - beta) log(s_v / m_v) up to a constant (log(s_v / t_v) for beta = 1); through the softmax that is
-    s_v (g_v - sum_u s_u g_u). For beta = 0 it is s - t.
+
+def _divergence(
+    student_NV: Tensor, teacher_NV: Tensor, mask_N: Tensor, beta: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The divergence of each position and its derivative by the student's logits; both 0 where masked.
+
+    By s_v the derivative is, up to a constant, (1 - beta) g_v with g = log(s / m), and for beta = 1 g = log(s / t);
+    through the softmax that is s_v (g_v - sum_u s_u g_u). For beta = 0 it is s - t.
     """
+    log_s_NV, log_t_NV = _logs(student_NV, temperature), _logs(teacher_NV, temperature)
     if beta == 0:
-        return s_NV.exp() - t_NV.exp()
-    target_NV = t_NV if beta == 1 else _mixture(s_NV, t_NV, beta)
-    g_NV = torch.where(s_NV == -torch.inf, 0.0, s_NV - target_NV)
-    s_NV = s_NV.exp()
-    factor = 1.0 if beta == 1 else 1.0 - beta
-    return factor * s_NV * (g_NV - (s_NV * g_NV).sum(-1, keepdim=True))
+        s_NV, t_NV = log_s_NV.exp(), log_t_NV.exp()
+        value_N = (log_t_NV.sub_(log_s_NV)).mul_(t_NV).sum(-1)
+        slope_NV = s_NV.sub_(t_NV)
+    else:
+        log_m_NV = log_t_NV if beta == 1 else torch.logaddexp(log_s_NV + log1p(-beta), log_t_NV + log(beta))
+        weight, s_NV = 1.0 if beta == 1 else 1.0 - beta, log_s_NV.exp()
+        g_NV = log_s_NV.sub_(log_m_NV)
+        kl_N = (s_NV * g_NV).sum(-1)
+        value_N = weight * kl_N
+        if beta < 1:
+            value_N = value_N + beta * (log_t_NV.exp() * log_t_NV.sub_(log_m_NV)).sum(-1)
+        slope_NV = g_NV.sub_(kl_N[:, None]).mul_(s_NV).mul_(weight)
+    if temperature != 1:
+        slope_NV = slope_NV.div_(temperature)
+    return torch.where(mask_N, value_N, 0.0), slope_NV.masked_fill_(~mask_N[:, None], 0.0)
 
 
 def _with_tail(logp_NK: Tensor) -> Tensor:
@@ -209,8 +242,8 @@ def _with_tail(logp_NK: Tensor) -> Tensor:
     return torch.cat([logp_NK, rest_N1], dim=-1)
 
 
-def _mean(jsd_N: Tensor, mask_N: Tensor, tokens: Count | None) -> LossOutput:
-    loss = share(jsd_N.sum(), mask_N.sum() if tokens is None else tokens)
+def _mean(total: Tensor, mask_N: Tensor, tokens: Count | None) -> LossOutput:
+    loss = share(total, mask_N.sum() if tokens is None else tokens)
     return LossOutput(loss=loss, sums=detached({"distill": loss}))
 
 
