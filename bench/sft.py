@@ -46,7 +46,7 @@ def make_rows(path: Path, count: int, seed: int) -> None:
 
 def run_ft(args: argparse.Namespace) -> dict[str, Any]:
     from ft import SFT, AdamW, Batching, Constant, Data, LoRA, Model, Recipe, Save
-    from ft.train import train
+    from ft.train.loop import train
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(

@@ -12,5 +12,5 @@ recipe = Recipe(
     batch=Batching(examples=16, tokens=1024),
     eval=Eval(every=0),
     save=Save(every=32),
-    steps=48,
+    steps=80,
 )

@@ -22,7 +22,7 @@ from liger_kernel.chunked_loss.orpo_loss import LigerFusedLinearORPOFunction
 from liger_kernel.chunked_loss.simpo_loss import LigerFusedLinearSimPOFunction
 from torch import Tensor
 
-from ft.losses.dpo import dpo, ld_sums, wpo_weights
+from ft.losses.pairs import dpo, ld_sums, wpo_weights
 from ft.losses.preference import bco, cpo, kto, orpo, simpo
 from ft.losses.reward import bradley_terry, stepwise
 from ft.types import LossOutput

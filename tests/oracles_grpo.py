@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ft.losses.clipped import grpo
 from ft.losses.entropy import bonus, top
-from ft.losses.grpo import grpo
 from ft.losses.importance import keep_by_kl, weights
 from ft.losses.policy_gradient import cispo, gmpo, luspo, rloo, sapo, vespo
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from ft.train import optim, step
 from ft.types import Example
 
 VOCAB = 96
+Kind = Literal["packed", "padded"]
+LAYOUTS: tuple[Kind, ...] = get_args(Kind)
 LENGTHS = (30, 3, 17, 9, 2, 24, 12)
 MODELS = {
     "full": (Model(id="-", family="llama", dtype="float32", tiny=True), None),
@@ -51,7 +54,7 @@ def make(name: str, world: World) -> Built:
     return built
 
 
-def gradient(built: Built, world: World, tokens: int, layout: str) -> dict[str, torch.Tensor]:
+def gradient(built: Built, world: World, tokens: int, layout: Kind) -> dict[str, torch.Tensor]:
     """The step's loss, and every gradient gathered whole."""
     scorer = built.policy.scorer
     chosen, _ = check(scorer, requested=layout)
@@ -74,7 +77,7 @@ def main() -> None:
         for name in MODELS:
             built = make(name, world)
             for tokens in (256, 64, 30):
-                for layout in ("packed", "padded"):
+                for layout in LAYOUTS:
                     found = gradient(built, world, tokens, layout)
                     if world.first:
                         path = folder / f"{name}-{world.size}-{tokens}-{layout}.safetensors"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
-from ft.losses.dpo import DIVERGENCES, KINDS, dpo, ld_sums, wpo_weights
+from ft.losses.pairs import DIVERGENCES, KINDS, dpo, ld_sums, wpo_weights
 from ft.losses.preference import cpo
 
 LOG2 = math.log(2)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ft.losses.grpo import grpo
+from ft.losses.clipped import grpo
 from ft.losses.policy_gradient import cispo, dppo, gmpo, luspo, reinforce, rloo, sapo, vespo
 from ft.types import LossOutput
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ft.losses.grpo import grpo
+from ft.losses.clipped import grpo
 from ft.losses.importance import keep_by_kl, weights
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
-from ft.losses.dpo import dpo
+from ft.losses.pairs import dpo
 from ft.losses.preference import bco, cpo, density_ratio, kto, kto_kl, orpo, simpo
 from ft.losses.reduce import check_number, keep, masked_sum, mean_share, segment_sum, share
 from ft.losses.reward import bradley_terry, stepwise

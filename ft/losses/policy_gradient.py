@@ -1,4 +1,4 @@
-"""Policy gradients that differ in kind from the clipped surrogate of ``ft.losses.grpo``. Shapes: T packed tokens.
+"""Policy gradients that differ in kind from the clipped surrogate of ``ft.losses.clipped``. Shapes: T packed tokens.
 
 All take ``logp_T, old_logp_T, adv_T, mask_T`` (``reinforce`` no old one) and, as ``**common``, what ``grpo`` explains:
 ``seq_T``, ``aggregate``, ``constant``, ``is_weight_T``, ``keep_T``, ``ref_logp_T``, ``kl_coef``, ``kl``,
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ft.losses.aggregate import needs_seq, per_sequence_mean, per_sequence_sum
-from ft.losses.grpo import Common, Terms, finish, grpo, terms
+from ft.losses.clipped import Common, Terms, finish, grpo, terms
 from ft.losses.kl import BOUND
 from ft.losses.reduce import check_number, check_option, keep
 from ft.types import LossOutput

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ft.losses.dpo import EXPONENT, check_smoothing, logistic
+from ft.losses.pairs import EXPONENT, check_smoothing, logistic
 from ft.losses.reduce import (
     Count,
     check_number,
