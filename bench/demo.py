@@ -86,7 +86,14 @@ def dense_base(built: Built, folder: Path) -> None:
 
 def flagship() -> dict[str, float]:
     folder = RUNS / "flagship-tiny"
-    words = ["run", "recipes/qwen35_moe_qlora.py", "--tiny", f"save.dir={RUNS / 'flagship'}", "save.every=5"]
+    words = [
+        "run",
+        "recipes/qwen35_moe_qlora.py",
+        "--tiny",
+        f"save.dir={RUNS / 'flagship'}",
+        "save.every=5",
+        "optim.lr=1e-2",
+    ]
     status = ft(*words, until=7, folder=folder)
     assert status == 130, f"interrupted, so the status should be 130, not {status}"
     assert ft(*words, "--resume") == 0

@@ -15,7 +15,7 @@ from attrs import frozen
 from safetensors.torch import load_file
 
 from ft import NF4, SFT, AdamW, Batching, Constant, Data, Eval, Log, LoRA, Model, Recipe, Save
-from ft.errors import CheckpointError, ModelError, NumericsError, RunFolderError
+from ft.errors import CapacityError, CheckpointError, ModelError, NumericsError, RunFolderError
 from ft.train.loop import train
 
 
@@ -192,3 +192,18 @@ def test_a_saved_adapter_can_be_gone_on_from(tmp_path):
 def test_a_model_that_is_nowhere_is_one_message(tmp_path):
     with pytest.raises(ModelError, match="neither on this machine nor to be had"):
         train(recipe(tmp_path, model=Model(id="nowhere/llama")))
+
+
+def test_a_model_too_large_for_this_machine_is_refused_before_its_weights_are_looked_for(tmp_path):
+    from transformers import AutoConfig
+
+    from ft.data.tokenizer import byte_tokenizer
+
+    folder = tmp_path / "huge"
+    AutoConfig.for_model("llama", hidden_size=65536, intermediate_size=2**18, num_hidden_layers=96).save_pretrained(
+        folder
+    )
+    byte_tokenizer().save_pretrained(folder)
+    with pytest.raises(CapacityError, match="cannot hold this run") as caught:
+        train(recipe(tmp_path, model=Model(id=str(folder))))
+    assert "--tiny" in str(caught.value) and "free" in str(caught.value)

@@ -79,7 +79,10 @@ class Report:
     def lines(self) -> list[str]:
         """One plain line on the layout in use; where `auto` fell back to padding, also why."""
         used = self.findings[-1]
-        lines = [f"layout: {used}"]
+        lines = [
+            f"layout: {used.layout}; checked: no gradient reaches another sequence, and log-probs are within "
+            f"{used.gap:.0e} of each sequence alone"
+        ]
         if self.requested == "auto" and used.layout.kind == "padded":
             best = next((f for f in self.findings if not f.error), self.findings[0])
             lines.append(f"packing would let sequences see each other on this model, so rows are padded. {best}")
