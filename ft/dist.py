@@ -16,8 +16,7 @@ import torch.distributed as c10d
 from attrs import frozen
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Shard
 
 from ft.errors import RecipeError
 
@@ -113,12 +112,26 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+def local_rows(t: Tensor) -> tuple[Tensor, int, int]:
+    """This rank's part of a tensor that FSDP2 shards on dimension 0, and which rows it is: start, stop.
+
+    A plain tensor is all here. Replicated dimensions of the mesh do not matter.
+    """
+    if not isinstance(t, DTensor):
+        return t, 0, t.shape[0] if t.ndim else 1
+    start, size = 0, t.shape[0]
+    for dim, placement in enumerate(t.placements):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0, "only dimension 0 is sharded"
+            chunk = -(-size // t.device_mesh.size(dim))
+            begin = min(t.device_mesh.get_local_rank(dim) * chunk, size)
+            start, size = start + begin, min(chunk, size - begin)
+    return t.to_local(), start, start + size
+
+
 @torch.no_grad()
 def copy_into(target: Tensor, source: Tensor) -> None:
-    """Overwrite ``target`` by ``source``, which is whole; of a sharded target each rank fills its own part."""
+    """Overwrite ``target`` by ``source``, which is whole; of a sharded target each rank fills its own rows."""
     assert target.shape == source.shape, f"{tuple(target.shape)} is not {tuple(source.shape)}"
-    if isinstance(target, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-        part = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-        target, source = target.to_local(), source[part]
-    target.copy_(source)
+    local, start, stop = local_rows(target)
+    local.copy_(source[start:stop] if local.ndim else source)

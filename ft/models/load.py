@@ -25,12 +25,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ft.dist import local_rows
 from ft.errors import MissingFileError, ModelError
 from ft.io.convert import Layout, Op, Plan, evaluate, make_plan
 from ft.io.weights import Memory, TensorSource
 from ft.models.mapping import extras, route_for
 from ft.models.quant import piece_names, quantised, store
-from ft.models.shards import local_rows
 from ft.recipe.parts import Model
 
 # Segments that wrappers of modules add to parameter names.

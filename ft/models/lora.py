@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from attrs import frozen
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ft.dist import copy_into, whole
 from ft.errors import ModelError, RecipeError
 from ft.io.stream import Entry
 from ft.models.experts import NAME, ExpertLoRA, expert_modules, stack_names, stack_shape, use_ft_experts
@@ -190,26 +190,21 @@ def _plain(name: str) -> str:
     return name
 
 
-def full(t: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded. Collective: every rank calls it, in the same order."""
-    return t.full_tensor().detach() if isinstance(t, DTensor) else t.detach()
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters in peft's names and layout, gathered whole: copies."""
-    return {s.key: s.to_peft(full(s.parameter)).clone(memory_format=torch.contiguous_format) for s in _slots(model)}
-
-
 def adapter_entries(model: nn.Module) -> list[Entry]:
-    """The same, to be written: each is gathered when its turn comes."""
+    """The adapters in peft's names and layout, to be written: each is gathered, by all ranks, when its turn comes."""
 
     def entry(slot: _Slot) -> Entry:
         def get() -> Tensor:
-            return slot.to_peft(full(slot.parameter)).contiguous()
+            return slot.to_peft(whole(slot.parameter.detach())).contiguous()
 
         return Entry(name=slot.key, shape=slot.peft_shape, dtype=slot.parameter.dtype, get=get)
 
     return [entry(slot) for slot in _slots(model)]
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The same, gathered whole at once: copies."""
+    return {entry.name: entry.get().clone() for entry in adapter_entries(model)}
 
 
 def adapter_config(attached: Attached, base: str) -> dict[str, Any]:
@@ -320,13 +315,7 @@ def _assign(slot: _Slot, value: Tensor) -> None:
     """Copy a whole value in peft's layout to where the factor lies; each rank keeps its shard, without a message."""
     parameter: Tensor = slot.parameter
     assert not parameter.is_meta, f"{slot.key} has no storage yet"
-    value = slot.from_peft(value.to(parameter.device))
-    if isinstance(parameter, DTensor):
-        value = distribute_tensor(
-            value.contiguous(), parameter.device_mesh, parameter.placements, src_data_rank=None
-        ).to_local()
-        parameter = parameter.to_local()
-    parameter.copy_(value)
+    copy_into(parameter, slot.from_peft(value.to(parameter.device)))
 
 
 @contextmanager

@@ -16,11 +16,11 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor, nn
 
+from ft.dist import copy_into
 from ft.errors import ModelError
 from ft.io.weights import listing
 from ft.kernels import nf4
 from ft.kernels.nf4 import NF4Tensor
-from ft.models.shards import copy_rows
 from ft.recipe.parts import NF4
 
 NESTED_BLOCK = 256
@@ -177,7 +177,7 @@ def store(owner: nn.Module, leaf: str, value: Tensor) -> None:
     q = nf4.quantise(value.to(device=device, dtype=held.dtype), block=held.block, double=held.double)
     for piece, tensor in zip(piece_shapes(held), _tensors(q), strict=True):
         target = getattr(owner, leaf + piece)
-        copy_rows(target, _bits(tensor).reshape(target.shape))
+        copy_into(target, _bits(tensor).reshape(target.shape))
 
 
 def _tensors(q: NF4Tensor) -> list[Tensor]:
