@@ -93,7 +93,7 @@ def test_every_shipped_recipe_loads_and_repeats_from_json(path: Path, tmp_path: 
 
 def test_classes_are_named_only_where_there_is_a_choice():
     stored = dump(FULL)
-    assert stored["method"] == {"type": "ft.methods.sft:SFT"}
+    assert stored["method"] == {"type": "ft.methods.sft:SFT", "kind": "nll"}
     assert stored["schedule"] == {"type": "ft.recipe.parts:WSD", "warmup": 0.03, "decay": 0.1, "floor": 0.0}
     assert "type" not in stored["optim"] and "type" not in stored["adapter"] and "type" not in stored["model"]["quant"]
     assert stored["save"]["dir"] == "runs/x" and stored["optim"]["betas"] == [0.9, 0.95]
@@ -385,7 +385,7 @@ def test_overrides_reach_into_a_nested_method():
         ),
         ("schedule.lr=1", "schedule.lr: WSD has no field 'lr'. It has: warmup, decay, floor."),
         ("optm.lr=1", "optm: Recipe has no field 'optm'. Did you mean 'optim'? It has: model, data, method, adapter, "),
-        ("method.beta=1", "method.beta: SFT has no field 'beta'. It has: none."),
+        ("method.beta=1", "method.beta: SFT has no field 'beta'. It has: kind."),
         ("seed=1.5", "seed=1.5: expected int, got '1.5'"),
         ("seed=1.0", "seed=1.0: expected int, got '1.0'"),
         ("seed=none", "seed=none: expected int, got 'none'"),

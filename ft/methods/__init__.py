@@ -1,5 +1,9 @@
 """Methods: each a frozen attrs class of three functions, named in a recipe."""
 
+from ft.methods.cpo import CPO
+from ft.methods.dpo import DPO
+from ft.methods.orpo import ORPO
 from ft.methods.sft import SFT
+from ft.methods.simpo import SimPO
 
-__all__ = ["SFT"]
+__all__ = ["CPO", "DPO", "ORPO", "SFT", "SimPO"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from attrs import frozen
+from attrs import field, frozen, validators
 
 from ft import losses
 from ft.types import Batch, Context, Counts, Example, LogProbs, LossOutput
@@ -15,6 +15,9 @@ from ft.types import Batch, Context, Counts, Example, LogProbs, LossOutput
 class SFT:
     """Maximise the likelihood of the trained tokens, averaged over all of a step's tokens on all ranks."""
 
+    kind: Literal["nll", "dft"] = field(default="nll", validator=validators.in_(("nll", "dft")))
+    """nll: the negative log-likelihood; dft: each token's share weighs its own probability (dynamic fine-tuning)."""
+
     def examples(self, step: int, ctx: Context) -> Sequence[Example]:
         assert ctx.data is not None
         return ctx.data.draw(step, ctx.examples, ctx.seed)
@@ -23,4 +26,5 @@ class SFT:
         return batch
 
     def loss(self, logprobs: LogProbs, batch: Batch, counts: Counts) -> LossOutput:
-        return losses.nll(logprobs.logp_T, batch.mask_T, tokens=counts.tokens)
+        loss = losses.nll if self.kind == "nll" else losses.dft
+        return loss(logprobs.logp_T, batch.mask_T, tokens=counts.tokens)
