@@ -1,16 +1,20 @@
 """Sums over the sequences of a packed row, and the three ways of averaging a per-token loss.
 
-Shapes: T packed tokens, whose sequences are told apart by ``seq_T``. The number of sequences is known to no tensor's
-shape, and asking the device for it would stall the step, so sums lie in T + 1 places: ids may be any of 0 .. T in any
-order, which T tokens can never exceed when sequences are numbered from 0 (filler has the number after the last).
+Shapes: T packed tokens, whose sequences are told apart by ``seq_T``: ids of 0 .. T in any order (T tokens can never
+have more when sequences are numbered from 0; filler has the number after the last). S places of sums, R runs of equal
+ids. The number of sequences is known to no tensor's shape, and asking a device for it would stall the step: there sums
+lie in T + 1 places. A processor answers at once, and sums by runs, which takes a quarter of the time.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from ft.losses.reduce import Count, check_number, check_option, check_same, segment_sum, share
+from ft.losses.reduce import Count, check_number, check_option, check_same, share, upcast
 
 AGGREGATES = ("token", "sequence", "constant")
 
@@ -31,14 +35,90 @@ def needs_seq(what: str, seq_T: Tensor | None) -> Tensor:
     return seq_T
 
 
+class _Runs(NamedTuple):
+    start_R1: Tensor
+    place_R: Tensor  # of each run, among the S sums
+
+
+class Sequences:
+    """Which tokens share a sequence, worked out when first asked for and once. ``mask_T`` says which are trained."""
+
+    def __init__(self, seq_T: Tensor, mask_T: Tensor) -> None:
+        self.seq_T, self.mask_T = seq_T, mask_T
+
+    def sum(self, x_T: Tensor) -> Tensor:
+        """At each token the sum of ``x_T`` over its own sequence. Differentiable."""
+        return _SequenceSum.apply(upcast(x_T), self)  # type: ignore[return-value]
+
+    def mean(self, x_T: Tensor) -> Tensor:
+        """At each token the mean of ``x_T``, which is 0 where nothing is trained, over its trained tokens."""
+        return self.sum(x_T) / self.length_T
+
+    @cached_property
+    def length_T(self) -> Tensor:
+        """At each token the number of trained tokens of its sequence, at least 1, in float32."""
+        return self.lay(self._length_S).clamp(min=1)
+
+    @cached_property
+    def trained(self) -> Tensor:
+        """How many sequences have a trained token, 0-d."""
+        return (self._length_S > 0).sum()
+
+    @cached_property
+    def _length_S(self) -> Tensor:
+        return self.sums(self.mask_T.float())
+
+    def sums(self, x_T: Tensor) -> Tensor:
+        """One sum for each sequence, [S], in an order that only ``lay`` knows; 0 in places of no sequence."""
+        x_T = x_T.detach()
+        if self._runs is None:
+            return x_T.new_zeros(x_T.numel() + 1).index_add(0, self.seq_T, x_T)
+        sum_R = torch.segment_reduce(x_T.contiguous(), "sum", offsets=self._runs.start_R1, unsafe=True)
+        return torch.zeros_like(sum_R).index_add(0, self._runs.place_R, sum_R)
+
+    def lay(self, x_S: Tensor) -> Tensor:
+        """The number of its sequence at each token."""
+        return x_S.index_select(0, self._place_T)
+
+    @cached_property
+    def _runs(self) -> _Runs | None:
+        T = self.seq_T.numel()
+        if self.seq_T.device.type != "cpu" or not T:
+            return None
+        id_R, count_R = torch.unique_consecutive(self.seq_T, return_counts=True)
+        if id_R.min() < 0 or id_R.max() > T:
+            raise ValueError(f"seq_T: expected ids in 0 .. {T}, the number of tokens; got {id_R.min()} .. {id_R.max()}")
+        place_R = torch.unique(id_R, return_inverse=True)[1]
+        return _Runs(torch.nn.functional.pad(count_R.cumsum(0), (1, 0)), place_R)
+
+    @cached_property
+    def _place_T(self) -> Tensor:
+        if self._runs is None:
+            return self.seq_T
+        return self._runs.place_R.repeat_interleave(self._runs.start_R1.diff(), output_size=self.seq_T.numel())
+
+
+class _SequenceSum(torch.autograd.Function):
+    """Each token's gradient goes to all tokens of its sequence: the backward is the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_T: Tensor, sequences: Sequences) -> Tensor:
+        ctx.sequences = sequences
+        return sequences.lay(sequences.sums(x_T))
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _SequenceSum.apply(grad_T, ctx.sequences), None  # type: ignore[return-value]
+
+
 def per_sequence_sum(x_T: Tensor, seq_T: Tensor) -> Tensor:
     """At each token the sum of ``x_T`` over its own sequence. Mask ``x_T`` first. Differentiable."""
-    return segment_sum(x_T, seq_T, x_T.numel() + 1).index_select(0, seq_T)
+    return Sequences(seq_T, x_T).sum(x_T)
 
 
 def lengths(mask_T: Tensor, seq_T: Tensor) -> Tensor:
     """At each token the number of trained tokens of its sequence, at least 1, in float32."""
-    return per_sequence_sum(mask_T, seq_T).clamp(min=1)
+    return Sequences(seq_T, mask_T).length_T
 
 
 def per_sequence_mean(x_T: Tensor, mask_T: Tensor, seq_T: Tensor, *, length_T: Tensor | None = None) -> Tensor:
@@ -46,12 +126,13 @@ def per_sequence_mean(x_T: Tensor, mask_T: Tensor, seq_T: Tensor, *, length_T: T
 
     ``x_T`` must be 0 where ``mask_T`` is False. ``length_T``: ``lengths(mask_T, seq_T)``, where already known.
     """
-    return per_sequence_sum(x_T, seq_T) / (lengths(mask_T, seq_T) if length_T is None else length_T)
+    sequences = Sequences(seq_T, mask_T)
+    return sequences.sum(x_T) / (sequences.length_T if length_T is None else length_T)
 
 
 def count_sequences(mask_T: Tensor, seq_T: Tensor) -> Tensor:
     """How many sequences have a trained token, 0-d."""
-    return (segment_sum(mask_T, seq_T, mask_T.numel() + 1) > 0).sum()
+    return Sequences(seq_T, mask_T).trained
 
 
 def mean(
@@ -63,7 +144,7 @@ def mean(
     constant: float | None = None,
     tokens: Count | None = None,
     seqs: Count | None = None,
-    length_T: Tensor | None = None,
+    sequences: Sequences | None = None,
 ) -> Tensor:
     """This call's share of the step's mean of ``x_T``, which is 0 where ``mask_T`` is False.
 
@@ -74,18 +155,22 @@ def mean(
 
     ``tokens`` and ``seqs`` default to this call's own trained tokens, and its own sequences with a trained token.
     A sequence whose tokens are all masked therefore adds nothing and is not counted, unless ``seqs`` counts it.
-    ``length_T``: ``lengths(mask_T, seq_T)``, where already known.
+    ``sequences``: those of ``seq_T`` and ``mask_T``, where already at hand.
     """
     check_option("aggregate", how, AGGREGATES)
     if (how == "constant") != (constant is not None):
         raise ValueError(f"constant: expected a number with aggregate='constant' alone; got {constant} with {how!r}")
     if how == "token":
         return share(x_T.sum(), mask_T.sum() if tokens is None else tokens)
+    if sequences is None and (how == "sequence" or seqs is None):
+        seq_T = needs_seq(f"aggregate={how!r}" + (" without seqs" if seqs is None else ""), seq_T)
+        sequences = Sequences(seq_T, mask_T)
     if how == "sequence":
-        seq_T = needs_seq(f"aggregate={how!r}", seq_T)
-        x_T = x_T / (lengths(mask_T, seq_T) if length_T is None else length_T)
+        assert sequences is not None
+        x_T = x_T / sequences.length_T
     if seqs is None:
-        seqs = count_sequences(mask_T, needs_seq(f"aggregate={how!r} without seqs", seq_T))
+        assert sequences is not None
+        seqs = sequences.trained
     total = share(x_T.sum(), seqs)
     if constant is None:
         return total

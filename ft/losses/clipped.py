@@ -15,27 +15,29 @@ from torch import Tensor
 
 from ft.losses import aggregate as average
 from ft.losses import kl as kl_terms
-from ft.losses.importance import at_level
-from ft.losses.reduce import Count, check_number, check_option, detached, keep, share, upcast
+from ft.losses.aggregate import Sequences
+from ft.losses.elementwise import Mask, bounded, greater, less, with_slope
+from ft.losses.reduce import Count, check_number, check_option, detached, share, upcast
 from ft.types import LossOutput
 
 LEVELS = {"token": "token", "sequence": "geometric", "sequence_token": "geometric", "sequence_sum": "sequence"}
 
 
 class Terms(NamedTuple):
-    """What a policy term is made of; 0 wherever ``mask_T`` is False, but for ``raw_logp_T``."""
+    """What a policy term is made of; 0 wherever the mask is False, but for ``raw_logp_T``."""
 
     raw_logp_T: Tensor  # as given, whatever stands at untrained places
     adv_T: Tensor
-    mask_T: Tensor
+    mask: Mask
     seq_T: Tensor | None
+    sequences: Sequences | None  # of seq_T
     drift_T: Tensor  # logp - old_logp of each token, with gradient
     log_ratio_T: Tensor  # the same at the level asked for, held to +-20
-    length_T: Tensor | None  # trained tokens of each token's sequence, where the level needed it
+    ratio_T: Tensor  # its exp, detached
 
     def logp_T(self) -> Tensor:
         """With gradient. A function, so that losses of the ratio alone do not pay for it."""
-        return keep(self.raw_logp_T, self.mask_T)
+        return self.mask.keep(self.raw_logp_T)
 
 
 class Common(TypedDict, total=False):
@@ -122,8 +124,7 @@ def grpo(
     """
     _check_clip(clip, dual_clip)
     t = terms("grpo", logp_T, old_logp_T, adv_T, mask_T, seq_T, level)
-    ratio_T = t.log_ratio_T.exp()
-    policy_T, clipped = _surrogate(ratio_T, t.adv_T, clip, dual_clip)
+    policy_T, clipped = _surrogate(t, clip, dual_clip)
     return finish(
         policy_T, t, clipped=clipped, aggregate=aggregate, constant=constant, is_weight_T=is_weight_T, keep_T=keep_T,
         ref_logp_T=ref_logp_T, kl_coef=kl_coef, kl=kl, kl_bias_correction=kl_bias_correction, tokens=tokens, seqs=seqs,
@@ -142,15 +143,24 @@ def terms(
     """Check and mask the inputs of a policy loss, and raise the log-ratio to ``level`` (see ``grpo``)."""
     check_option("level", level, tuple(LEVELS))
     average.check_tokens(what, mask_T, seq_T, logp_T=logp_T, old_logp_T=old_logp_T, adv_T=adv_T)
+    mask = Mask(mask_T)
     old_logp_T = (logp_T if old_logp_T is None else old_logp_T).detach()
-    drift_T = keep(upcast(logp_T) - upcast(old_logp_T), mask_T)
-    length_T = None
-    if LEVELS[level] == "geometric":
-        length_T = average.lengths(mask_T, average.needs_seq(f"level={level!r}", seq_T))
-    log_ratio_T = at_level(drift_T, mask_T, seq_T, LEVELS[level], length_T=length_T)
+    drift_T = mask.keep(upcast(logp_T) - upcast(old_logp_T))
+    sequences = None if seq_T is None else Sequences(seq_T, mask_T)
+    log_ratio_T = _at_level(drift_T, sequences, level)
+    ratio_T = log_ratio_T.detach().exp()
+    return Terms(logp_T, mask.keep(adv_T.detach()), mask, seq_T, sequences, drift_T, log_ratio_T, ratio_T)
+
+
+def _at_level(drift_T: Tensor, sequences: Sequences | None, level: str) -> Tensor:
+    raised_T = drift_T
+    if LEVELS[level] != "token":
+        if sequences is None:
+            raise ValueError(f"level={level!r}: expected seq_T, the sequence of each token; got None")
+        raised_T = sequences.mean(drift_T) if LEVELS[level] == "geometric" else sequences.sum(drift_T)
     if level == "sequence_token":
-        log_ratio_T = log_ratio_T.detach() + (drift_T - drift_T.detach())
-    return Terms(logp_T, keep(adv_T, mask_T).detach(), mask_T, seq_T, drift_T, log_ratio_T, length_T)
+        return raised_T.detach().clamp(-kl_terms.BOUND, kl_terms.BOUND) + (drift_T - drift_T.detach())
+    return bounded(raised_T, kl_terms.BOUND)
 
 
 def finish(
@@ -171,65 +181,76 @@ def finish(
 ) -> LossOutput:
     """Weigh the policy term, average it, add the KL, and gather what is logged. ``clipped``: bool [T] by name."""
     _check_kl(ref_logp_T, kl_coef, kl, kl_bias_correction)
-    average.check_tokens(
-        "policy loss", t.mask_T, t.seq_T, is_weight_T=is_weight_T, keep_T=keep_T, ref_logp_T=ref_logp_T
-    )
-    for factor_T in (is_weight_T, keep_T):
-        policy_T = policy_T if factor_T is None else policy_T * keep(factor_T, t.mask_T).detach()
-
-    options: dict[str, Any] = {"constant": constant, "tokens": tokens, "seqs": seqs, "length_T": t.length_T}
-    mean = partial(average.mean, mask_T=t.mask_T, seq_T=t.seq_T, how=aggregate, **options)
+    mask_T = t.mask.mask_T
+    average.check_tokens("policy loss", mask_T, t.seq_T, is_weight_T=is_weight_T, keep_T=keep_T, ref_logp_T=ref_logp_T)
+    factors = {name: t.mask.keep(x.detach()) for name, x in (("is", is_weight_T), ("keep", keep_T)) if x is not None}
+    for factor_T in factors.values():
+        policy_T = policy_T * factor_T
+    tokens = mask_T.sum() if tokens is None else tokens
+    options: dict[str, Any] = {"constant": constant, "tokens": tokens, "seqs": seqs, "sequences": t.sequences}
+    mean = partial(average.mean, mask_T=mask_T, seq_T=t.seq_T, how=aggregate, **options)
     loss = policy_loss = mean(policy_T)
-    tokens = t.mask_T.sum() if tokens is None else tokens
-    sums = {"policy_loss": policy_loss, **_watch(t, clipped or {}, is_weight_T, keep_T, tokens)}
+    sums = {"policy_loss": policy_loss, **_watch(t, clipped or {}, factors, is_weight_T, tokens)}
     if ref_logp_T is not None:
-        kl_T = kl_terms.estimate(t.logp_T(), keep(ref_logp_T, t.mask_T), kind=kl)
+        kl_T = kl_terms.estimate(t.logp_T(), t.mask.keep(ref_logp_T.detach()), kind=kl)
         sums["kl"] = share(kl_T.detach().sum(), tokens)
         if kl_coef:
             loss = loss + kl_coef * mean(kl_T * t.log_ratio_T.exp() if kl_bias_correction else kl_T)
     return LossOutput(loss=loss, sums=detached(sums), maxes=_extremes(t))
 
 
-def _surrogate(
-    ratio_T: Tensor, adv_T: Tensor, clip: tuple[float, float] | None, dual_clip: float | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    bounded_T = ratio_T if dual_clip is None else ratio_T.clamp(max=dual_clip)
-    clipped = {} if dual_clip is None else {"clip_dual": (ratio_T > dual_clip) & (adv_T < 0)}
-    if clip is None:
-        return -bounded_T * adv_T, clipped
-    low, high = 1 - clip[0], 1 + clip[1]
-    clipped |= {"clip_low": (ratio_T < low) & (adv_T < 0), "clip_high": (ratio_T > high) & (adv_T > 0)}
-    return -torch.minimum(bounded_T * adv_T, ratio_T.clamp(low, high) * adv_T), clipped
+def _surrogate(t: Terms, clip: tuple[float, float] | None, dual_clip: float | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped term and what was clipped, 1.0 or 0.0 by name. Exactly what is clipped has no gradient."""
+    with torch.no_grad():
+        value_T = t.ratio_T * t.adv_T
+        if dual_clip is not None:
+            value_T = t.ratio_T.clamp(max=dual_clip) * t.adv_T
+        if clip is not None:
+            value_T = torch.minimum(value_T, t.ratio_T.clamp(1 - clip[0], 1 + clip[1]) * t.adv_T)
+        clipped = _clipped(t, clip, dual_clip)
+        slope_T = t.ratio_T * t.adv_T
+        for hit_T in clipped.values():
+            slope_T = slope_T * (1 - hit_T)
+    return -with_slope(t.log_ratio_T, value_T, slope_T), clipped
+
+
+def _clipped(t: Terms, clip: tuple[float, float] | None, dual_clip: float | None) -> dict[str, Tensor]:
+    clipped, negative_T = {}, less(t.adv_T, 0)
+    if dual_clip is not None:
+        clipped["clip_dual"] = greater(t.ratio_T, dual_clip) * negative_T
+    if clip is not None:
+        clipped["clip_low"] = less(t.ratio_T, 1 - clip[0]) * negative_T
+        clipped["clip_high"] = greater(t.ratio_T, 1 + clip[1]) * greater(t.adv_T, 0)
+    return clipped
 
 
 @torch.no_grad()
 def _watch(
-    t: Terms, clipped: Mapping[str, Tensor], is_weight_T: Tensor | None, keep_T: Tensor | None, tokens: Count
+    t: Terms, clipped: Mapping[str, Tensor], factors: Mapping[str, Tensor], is_weight_T: Tensor | None, tokens: Count
 ) -> dict[str, Tensor]:
     """Means over the trained tokens. Everything summed is finite, so a product with the mask selects."""
-    trained_T = t.mask_T.to(t.log_ratio_T.dtype)
-    drift_T = t.drift_T.clamp(-kl_terms.BOUND, kl_terms.BOUND)
+    drift_T = t.drift_T.detach().clamp(-kl_terms.BOUND, kl_terms.BOUND)
     totals = {
-        "ratio": torch.dot(t.log_ratio_T.exp(), trained_T),
+        "ratio": torch.dot(t.ratio_T, t.mask.trained_T.to(t.ratio_T.dtype)),
         "approx_kl": (torch.expm1(drift_T) - drift_T).sum(),
         **{name: hit_T.sum() for name, hit_T in clipped.items()},
     }
     if is_weight_T is not None:
-        totals |= {"is_weight": keep(is_weight_T, t.mask_T).sum(), "is_zero": ((is_weight_T == 0) & t.mask_T).sum()}
-    if keep_T is not None:
-        totals["kept"] = keep(keep_T, t.mask_T).sum()
-    means = share(torch.stack([x.to(trained_T.dtype) for x in totals.values()]), tokens)
+        totals |= {"is_weight": factors["is"].sum(), "is_zero": ((is_weight_T == 0) & t.mask.mask_T).sum()}
+    if "keep" in factors:
+        totals["kept"] = factors["keep"].sum()
+    means = share(torch.stack([x.to(t.ratio_T.dtype) for x in totals.values()]), tokens)
     return dict(zip(totals, means.unbind(), strict=True))
 
 
 @torch.no_grad()
 def _extremes(t: Terms) -> dict[str, Tensor]:
-    """The greatest ratio and inverse ratio; exp(-inf) = 0 stands for none, so that it disturbs no maximum."""
-    if not t.mask_T.numel():
-        return {name: t.log_ratio_T.new_zeros(()) for name in ("ratio_max", "ratio_inverse_max")}
-    high = torch.where(t.mask_T, t.log_ratio_T, -torch.inf).amax()
-    low = torch.where(t.mask_T, t.log_ratio_T, torch.inf).amin()
-    return {"ratio_max": high.exp(), "ratio_inverse_max": (-low).exp()}
+    """The greatest ratio and inverse ratio. Untrained places stand far below any, and their exp is 0."""
+    log_T = t.log_ratio_T.detach()
+    if not log_T.numel():
+        return {name: log_T.new_zeros(()) for name in ("ratio_max", "ratio_inverse_max")}
+    far_T = (t.mask.trained_T - 1) * 1e30
+    return {"ratio_max": (log_T + far_T).amax().exp(), "ratio_inverse_max": (far_T - log_T).amax().exp()}
 
 
 def _check_clip(clip: tuple[float, float] | None, dual_clip: float | None) -> None:

@@ -15,10 +15,11 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ft.losses.aggregate import needs_seq, per_sequence_mean, per_sequence_sum
+from ft.losses.aggregate import Sequences, needs_seq
 from ft.losses.clipped import Common, Terms, finish, grpo, terms
+from ft.losses.elementwise import greater, less, with_slope
 from ft.losses.kl import BOUND
-from ft.losses.reduce import check_number, check_option, keep
+from ft.losses.reduce import check_number, check_option
 from ft.types import LossOutput
 
 _LEAST = math.log(1e-8)
@@ -89,9 +90,11 @@ def cispo(
     check_number("cap (of the ratio itself; 1 + the distance that clipping losses take)", cap, 1)
     check_number("floor", floor, 0, 1)
     t = terms("cispo", logp_T, old_logp_T, adv_T, mask_T, common.pop("seq_T", None), level)
-    ratio_T = t.log_ratio_T.detach().exp()
-    clipped = {"clip_low": (ratio_T < floor) & (t.adv_T < 0), "clip_high": (ratio_T > cap) & (t.adv_T > 0)}
-    return finish(-ratio_T.clamp(floor, cap) * t.adv_T * t.logp_T(), t, clipped=clipped, **_rest(common))
+    clipped = {
+        "clip_low": less(t.ratio_T, floor) * less(t.adv_T, 0),
+        "clip_high": greater(t.ratio_T, cap) * greater(t.adv_T, 0),
+    }
+    return finish(-t.ratio_T.clamp(floor, cap) * t.adv_T * t.logp_T(), t, clipped=clipped, **_rest(common))
 
 
 def sapo(
@@ -112,7 +115,7 @@ def sapo(
     for value in tau:
         check_number("tau", value, 0, open_low=True)
     t = terms("sapo", logp_T, old_logp_T, adv_T, mask_T, common.pop("seq_T", None), level)
-    tau_T = torch.where(t.adv_T > 0, *tau)
+    tau_T = _either(greater(t.adv_T, 0), tau)
     gate_T = torch.sigmoid(tau_T * (t.log_ratio_T.exp() - 1)) * 4 / tau_T
     return finish(-gate_T * t.adv_T, t, **_rest(common, aggregate="sequence"))
 
@@ -136,15 +139,17 @@ def gmpo(
         check_number("clip", value, 0)
     seq_T = needs_seq("gmpo", common.pop("seq_T", None))
     t = terms("gmpo", logp_T, old_logp_T, adv_T, mask_T, seq_T)
-    low_T, high_T = t.log_ratio_T.clamp(min=-clip[0]), t.log_ratio_T.clamp(max=clip[1])
     keep_T = common.pop("keep_T", None)
     kept_T = mask_T if keep_T is None else mask_T & (keep_T != 0)
-    clipped_T = per_sequence_mean(torch.where(kept_T, torch.where(t.adv_T > 0, high_T, low_T), 0.0), kept_T, seq_T)
-    clipped = {
-        "clip_low": (t.log_ratio_T < -clip[0]) & (t.adv_T < 0),
-        "clip_high": (t.log_ratio_T > clip[1]) & (t.adv_T > 0),
-    }
-    return finish(-clipped_T.exp() * t.adv_T, t, clipped=clipped, **_fixed("gmpo", common, aggregate="sequence"))
+    log_T, up_T = t.log_ratio_T.detach(), greater(t.adv_T, 0)
+    over_T, under_T = greater(log_T, clip[1]), less(log_T, -clip[0])
+    value_T = up_T * log_T.clamp(max=clip[1]) + (1 - up_T) * log_T.clamp(min=-clip[0])
+    slope_T = 1 - up_T * over_T - (1 - up_T) * under_T
+    kept = kept_T.to(log_T.dtype)
+    clipped_T = with_slope(t.log_ratio_T, value_T * kept, slope_T * kept)
+    clipped = {"clip_low": under_T * less(t.adv_T, 0), "clip_high": over_T * up_T}
+    ratio_T = Sequences(seq_T, kept_T).mean(clipped_T).exp()
+    return finish(-ratio_T * t.adv_T, t, clipped=clipped, **_fixed("gmpo", common, aggregate="sequence"))
 
 
 def vespo(
@@ -169,8 +174,9 @@ def vespo(
     seq_T = needs_seq("vespo", common.pop("seq_T", None))
     t = terms("vespo", logp_T, old_logp_T, adv_T, mask_T, seq_T)
     is_weight_T = common.pop("is_weight_T", None)
-    log_w_T = _log_answer_weight(t, seq_T, is_weight_T)
-    k_T, lam_T = torch.where(t.adv_T >= 0, *k), torch.where(t.adv_T >= 0, *lam)
+    log_w_T = _log_answer_weight(t, is_weight_T)
+    up_T = 1 - less(t.adv_T, 0)
+    k_T, lam_T = _either(up_T, k), _either(up_T, lam)
     phi_T = (lam_T + k_T * log_w_T - lam_T * log_w_T.exp()).exp()
     return finish(-phi_T * t.adv_T * t.logp_T(), t, **_rest(common))
 
@@ -199,21 +205,27 @@ def dppo(
     for value in clip:
         check_number("clip", value, 0)
     t = terms("dppo", logp_T, old_logp_T, adv_T, mask_T, common.pop("seq_T", None))
-    p_T, q_T = t.logp_T().detach().exp(), keep(old_logp_T, mask_T).exp()
+    p_T, q_T = t.mask.keep(logp_T.detach()).exp(), t.mask.keep(old_logp_T.detach()).exp()
     far_T = (p_T - q_T).abs() if divergence == "tv" else _binary_kl(p_T, q_T, t.log_ratio_T.detach())
     clipped = {
         "clip_low": (t.adv_T <= 0) & (p_T < q_T) & (far_T > clip[0]),
         "clip_high": (t.adv_T > 0) & (p_T > q_T) & (far_T > clip[1]),
     }
-    weight_T = torch.where(clipped["clip_low"] | clipped["clip_high"], 0.0, t.log_ratio_T.detach().exp().clamp(max=cap))
+    weight_T = torch.where(clipped["clip_low"] | clipped["clip_high"], 0.0, t.ratio_T.clamp(max=cap))
     return finish(-weight_T * t.adv_T * t.logp_T(), t, clipped=clipped, **_rest(common))
 
 
-def _log_answer_weight(t: Terms, seq_T: Tensor, is_weight_T: Tensor | None) -> Tensor:
+def _log_answer_weight(t: Terms, is_weight_T: Tensor | None) -> Tensor:
+    assert t.sequences is not None
     log_T = t.log_ratio_T.detach()
     if is_weight_T is not None:
-        log_T = log_T + torch.where(t.mask_T, is_weight_T.to(log_T.dtype).log().clamp(_LEAST, BOUND), 0.0)
-    return per_sequence_sum(log_T, seq_T).clamp(_LEAST, BOUND)
+        log_T = log_T + t.mask.keep(is_weight_T.to(log_T.dtype).log().clamp(_LEAST, BOUND))
+    return t.sequences.sum(log_T).clamp(_LEAST, BOUND)
+
+
+def _either(first_T: Tensor, pair: tuple[float, float]) -> Tensor:
+    """pair[0] where ``first_T`` is 1.0, pair[1] where it is 0.0."""
+    return first_T * pair[0] + (1 - first_T) * pair[1]
 
 
 def _binary_kl(p_T: Tensor, q_T: Tensor, log_ratio_T: Tensor) -> Tensor:
