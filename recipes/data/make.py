@@ -1,13 +1,15 @@
 """Make chat rows from reasoning-gym's tasks: `python recipes/data/make.py chain_sum --rows 512 --out rows.jsonl`.
 
 Rows are {"messages": [user, assistant], "answer": ...}; the same seed makes the same rows, and held-out rows are
-those of another seed whose questions do not occur among the first.
+those of another seed whose questions do not occur among the first. The task `pairs` makes sums with a right and a
+wrong answer, {"prompt": [user], "chosen": [assistant], "rejected": [assistant]}, and `text` makes plain text.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,20 @@ def mixed(count: int, seed: int) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def pairs(seed: int) -> Iterator[dict[str, Any]]:
+    """Sums with the right answer and one that is off by a little, as a slip in a digit would leave it."""
+    rng = random.Random(seed)
+    for row in rows("chain_sum", seed):
+        user, right = row["messages"]
+        wrong = {"role": "assistant", "content": str(int(row["answer"]) + rng.choice((-10, -2, -1, 1, 2, 10)))}
+        yield {"prompt": [user], "chosen": [right], "rejected": [wrong], "task": row["task"]}
+
+
+def question(row: dict[str, Any]) -> str:
+    """What the row asks first."""
+    return (row["prompt"] if "prompt" in row else row["messages"])[0]["content"]
+
+
 def texts(seed: int) -> Iterator[dict[str, Any]]:
     """Plain text: worked questions, one after another, for pretraining."""
     for row in mixed(10**6, seed):
@@ -64,7 +80,7 @@ def texts(seed: int) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=[*TASKS, "mixed", "text"])
+    parser.add_argument("task", choices=[*TASKS, "mixed", "pairs", "text"])
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out-from", type=Path, help="leave out questions that occur in this file")
@@ -73,8 +89,12 @@ def main() -> None:
     known = set()
     if args.held_out_from:
         for line in args.held_out_from.read_text().splitlines():
-            known.add(json.loads(line)["messages"][0]["content"])
-    made = {"mixed": lambda: mixed(args.rows, args.seed), "text": lambda: texts(args.seed)}
+            known.add(question(json.loads(line)))
+    made = {
+        "mixed": lambda: mixed(args.rows, args.seed),
+        "pairs": lambda: pairs(args.seed),
+        "text": lambda: texts(args.seed),
+    }
     source = made.get(args.task, lambda: rows(args.task, args.seed))()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     written = 0
@@ -82,7 +102,7 @@ def main() -> None:
         for row in source:
             if written == args.rows:
                 break
-            if "text" in row or row["messages"][0]["content"] not in known:
+            if "text" in row or question(row) not in known:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 written += 1
     print(f"{args.out}: {written} rows of {args.task}")
