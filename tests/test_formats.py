@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ft.data.formats import Conversation, Message, Segments, Text, Tokens, convert, detect
+from ft.data.formats import Conversation, Labelled, Message, Pair, Segments, Text, Tokens, convert, detect
 from ft.data.messages import as_dict
 from ft.errors import DataError
 from ft.recipe.parts import Format
@@ -222,7 +222,7 @@ JSON = st.recursive(
     max_leaves=8,
 )
 NAMES = "messages conversations segments input_ids labels mask attention_mask prompt completion".split()
-NAMES += "instruction input output system history tools text".split()
+NAMES += "instruction input output system history tools text chosen rejected margin score_chosen".split()
 KEYS = "role from content value text type train weight label tool_calls function_call name arguments function".split()
 WORDS = st.sampled_from(["user", "assistant", "human", "gpt", "function_call", "text", "{}", "[]", '{"name": "f"}'])
 NEARLY = st.recursive(
@@ -240,7 +240,7 @@ def test_any_json_value_is_a_value_or_a_data_error(row: Any, format: Format):
     except DataError as problem:
         assert problem.where.startswith("train.jsonl:17")
     else:
-        assert isinstance(value, (Conversation, Segments, Text, Tokens))
+        assert isinstance(value, (Conversation, Segments, Text, Tokens, Pair, Labelled))
 
 
 @settings(max_examples=100, deadline=None)

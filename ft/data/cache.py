@@ -26,11 +26,11 @@ from ft.data.files import digest, free_name
 from ft.data.rows import digests
 from ft.recipe.parts import Data, Source
 
-VERSION = 1
+VERSION = 2
 """Raise it whenever the same rows and options would give other tokens, or the files another layout."""
 
 _OPTIONS = ("mask", "end_of_turn", "max_tokens", "overlong", "on_bad_row", "thinking", "append_eos")
-_TYPES = {"I32": np.int32, "I64": np.int64, "BOOL": np.bool_}
+_TYPES = {"I32": np.int32, "I64": np.int64, "F32": np.float32, "BOOL": np.bool_}
 
 
 class Damaged(Exception):
@@ -152,7 +152,8 @@ def save(folder: Path, built: Built) -> None:
     from safetensors.numpy import save_file
 
     folder.mkdir()
-    save_file(attrs.asdict(built.arrays, recurse=False), folder / "rows.safetensors")
+    columns = attrs.asdict(built.arrays, recurse=False, filter=lambda _, column: column is not None)
+    save_file(columns, folder / "rows.safetensors")
     (folder / "bad.jsonl").write_bytes(bad.to_json(built.bad))
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}

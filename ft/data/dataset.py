@@ -1,4 +1,7 @@
-"""Prepared rows: tokenised once, kept as flat arrays, drawn by step. N kept rows, T their tokens."""
+"""Prepared rows: tokenised once, kept as flat arrays, drawn by step.
+
+A row is one example, or the two of a pair, which share a unit and are drawn together.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from attrs import evolve, frozen
 
 from ft.data import bad, cache, hub
@@ -31,8 +35,13 @@ class Prepared:
     fingerprint: str
 
     def __len__(self) -> int:
-        """Distinct rows; ``per_epoch`` says how many an epoch has."""
+        """Examples; ``rows`` counts distinct rows, ``per_epoch`` says how many an epoch has."""
         return len(self.arrays.number_N)
+
+    @property
+    def rows(self) -> int:
+        """Distinct rows: as many as there are examples, but for pairs."""
+        return self.arrays.rows
 
     @property
     def per_epoch(self) -> int:
@@ -40,19 +49,51 @@ class Prepared:
         return sum(self.mixture.per_epoch())
 
     def __getitem__(self, index: int) -> Example:
+        """Example ``index``; its unit, if it is one of a pair, is the number of its row."""
         if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        i, a = index % len(self), self.arrays
-        span = slice(int(a.offsets_N1[i]), int(a.offsets_N1[i + 1]))
-        source = f"{self.places[a.file_N[i]]}{a.number_N[i]}"
-        return Example(tokens_L=a.tokens_T[span], mask_L=a.mask_T[span], source=source)
+            raise IndexError(f"example {index} of {len(self)}")
+        i, first_R1 = index % len(self), self.arrays.first_R1
+        if first_R1 is None:
+            return self._example(i)
+        row = int(np.searchsorted(first_R1, i, side="right")) - 1
+        return self._example(i, row if first_R1[row + 1] - first_R1[row] > 1 else None)
 
     def __iter__(self) -> Iterator[Example]:
         return map(self.__getitem__, range(len(self)))
 
+    def row(self, index: int, *, unit: int | None = None) -> list[Example]:
+        """The examples of row ``index``; those of a pair get the unit ``unit``, by default the row's number."""
+        if not -self.rows <= index < self.rows:
+            raise IndexError(f"row {index} of {self.rows}")
+        r, first_R1 = index % self.rows, self.arrays.first_R1
+        if first_R1 is None:
+            return [self._example(r)]
+        span = range(int(first_R1[r]), int(first_R1[r + 1]))
+        shared = None if len(span) == 1 else r if unit is None else unit
+        return [self._example(i, shared) for i in span]
+
     def draw(self, step: int, n: int, seed: int) -> list[Example]:
-        """The ``n`` examples of ``step`` (from 0) over all ranks: a function of its arguments alone."""
-        return [self[i] for i in rows_of_step(self.mixture, step, n, seed)]
+        """The examples of the ``n`` rows of ``step`` (from 0) over all ranks: a function of its arguments alone.
+
+        n pairs are 2 n examples, the two of a pair side by side; each pair has its own unit, also where a row is
+        drawn twice.
+        """
+        rows = rows_of_step(self.mixture, step, n, seed)
+        if self.arrays.first_R1 is None:
+            return [self._example(i) for i in rows]
+        return [example for unit, row in enumerate(rows) for example in self.row(row, unit=unit)]
+
+    def _example(self, i: int, unit: int | None = None) -> Example:
+        a = self.arrays
+        span = slice(int(a.offsets_N1[i]), int(a.offsets_N1[i + 1]))
+        return Example(
+            tokens_L=a.tokens_T[span],
+            mask_L=a.mask_T[span],
+            source=f"{self.places[a.file_N[i]]}{a.number_N[i]}",
+            unit=unit,
+            label=None if a.label_N is None else float(a.label_N[i]),
+            margin=None if a.margin_N is None else float(a.margin_N[i]),
+        )
 
 
 def prepare(

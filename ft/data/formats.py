@@ -7,13 +7,20 @@
 | `alpaca`        | instruction, output, input?, system?, history?   | Conversation                                   |
 | `prompt`        | prompt, completion: two strings                  | Segments: prompt untrained, completion trained |
 | `prompt`        | prompt, completion: two lists of messages        | Conversation; only the completion is trained   |
+| `preference`    | prompt, chosen, rejected: three strings          | Pair of Segments; only the answers are trained |
+| `preference`    | chosen, rejected: lists of messages; prompt?     | Pair of Conversations; the same                |
+| `label`         | label, and prompt + completion or messages       | Labelled; only the answer is trained           |
 | `segments`      | segments [{text, train}]                         | Segments, taken literally                      |
 | `tokens`        | input_ids, labels? or mask?, attention_mask?     | Tokens, taken literally                        |
 | `text`          | text                                             | Text                                           |
 
-`auto` takes the first format of `_SIGNS` whose columns are there; a column that is null counts as absent. Columns
-that no format names are ignored, so that files may carry ids and notes. A list may be written as a JSON string, as
-csv must.
+`preference` rows may carry a `margin`, or `score_chosen` and `score_rejected`, whose difference it is. Messages may
+have `tools` and a `system` prompt beside them; ``ft.data.answers`` says where a prompt ends and an answer begins.
+
+`auto` takes the first format of `_SIGNS` whose columns are there; a column that is null counts as absent. It takes
+`label` only for prompt + completion and a label that is true or false: other files use the name for other things.
+Columns that no format names are ignored, so that files may carry ids and notes. A list may be written as a JSON
+string, as csv must.
 """
 
 from __future__ import annotations
@@ -22,43 +29,28 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from attrs import frozen
 
-from ft.data.messages import Conversation, Message, read_messages, read_tools
+from ft.data.answers import completion, labelled, pair
+from ft.data.columns import column, conversation, string, with_system
+from ft.data.messages import Conversation, Message, read_messages
 from ft.data.place import fail, parsed, shown, text
+from ft.data.values import Labelled, Pair, Segments, Text, Tokens, Value
 from ft.recipe.parts import Format
 
-__all__ = ["Conversation", "Message", "Segments", "Text", "Tokens", "Value", "convert", "detect", "rename"]
+__all__ = [
+    "Conversation",
+    "Labelled",
+    "Message",
+    "Pair",
+    "Segments",
+    "Text",
+    "Tokens",
+    "Value",
+    "convert",
+    "detect",
+    "rename",
+]
 
-
-@frozen(kw_only=True)
-class Segments:
-    """Stretches of text, each with its own mask; no template touches them.
-
-    ``whole`` rows (prompt and completion) are a document, which the end-of-sequence token closes where
-    `Data.append_eos` says so; `segments` rows hold the special tokens they want.
-    """
-
-    parts: tuple[tuple[str, bool], ...]
-    whole: bool = False
-
-
-@frozen(kw_only=True)
-class Text:
-    """A plain document: every token is trained."""
-
-    text: str
-
-
-@frozen(kw_only=True, eq=False)
-class Tokens:
-    """A row that is tokens already, padding removed; no mask trains all of them."""
-
-    input_ids: np.ndarray  # int32, L
-    mask: np.ndarray | None = None  # bool, L
-
-
-Value = Conversation | Segments | Text | Tokens
 
 _SIGNS: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("messages", ("messages",)),
@@ -68,6 +60,7 @@ _SIGNS: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("prompt", ("prompt", "completion")),
     ("alpaca", ("instruction", "output")),
     ("text", ("text",)),
+    ("preference", ("chosen", "rejected")),  # last: such files often hold the same rows for fine-tuning, too
 )
 _MASKS = ("mask", "loss_mask", "completion_mask", "assistant_masks")
 _IGNORED = -100
@@ -78,7 +71,7 @@ def detect(row: Mapping[str, Any]) -> Format | None:
     """The format whose columns ``row`` has, or None."""
     for name, columns in _SIGNS:
         if all(row.get(column) is not None for column in columns):
-            return name
+            return "label" if name == "prompt" and isinstance(row.get("label"), bool) else name
     return None
 
 
@@ -125,69 +118,30 @@ def _nulls(row: Mapping[str, Any]) -> str:
     return f" (null: {', '.join(empty)})" if empty else ""
 
 
-def _column(row: Mapping[str, Any], name: str, source: str, expected: str) -> Any:
-    value = row.get(name)
-    if value is None:
-        got = "null" if name in row else f"columns {', '.join(map(str, row)) or '(none)'}"
-        raise fail(source, f"column '{name}' is missing", path=name, expected=expected, got=got)
-    return value
-
-
-def _string(row: Mapping[str, Any], name: str, source: str, *, filled: bool = False, default: str | None = None) -> str:
-    """A text column; ``default`` stands for a missing one, and None for no default. ``filled`` refuses ""."""
-    if default is not None and row.get(name) is None:
-        return default
-    value = _column(row, name, source, "a string")
-    return text(value, source, name, filled=filled)
-
-
-def _chat(column: str) -> Callable[[Mapping[str, Any], str], Conversation]:
+def _chat(name: str) -> Callable[[Mapping[str, Any], str], Conversation]:
     """Reads a column of messages, in either spelling (role/content, from/value)."""
 
     def read(row: Mapping[str, Any], source: str) -> Conversation:
-        messages = read_messages(_column(row, column, source, "a list of messages"), source, column)
-        system = _string(row, "system", source, default="")
-        if system and messages[0].role in ("system", "developer"):
-            raise fail(
-                source,
-                "two system prompts",
-                path="system",
-                expected=f"a `system` column or a system message in `{column}`, not both",
-                got=shown(system),
-                fix="drop one of them, or rename the column with Source.columns",
-            )
-        if system:
-            messages = (Message(role="system", content=system), *messages)
-        return _conversation(messages, row, source, column)
+        messages = read_messages(column(row, name, source, "a list of messages"), source, name)
+        messages = with_system(messages, row, source, name)
+        return conversation(messages, row, source, name)
 
     return read
 
 
-def _conversation(messages: tuple[Message, ...], row: Mapping[str, Any], source: str, path: str) -> Conversation:
-    if not any(message.role == "assistant" for message in messages):
-        raise fail(
-            source,
-            "no assistant message, so there is nothing to train",
-            path=path,
-            expected="at least one message with the role assistant",
-            got="roles " + ", ".join(message.role for message in messages),
-        )
-    return Conversation(messages=messages, tools=read_tools(row.get("tools"), source, "tools"))
-
-
 def _alpaca(row: Mapping[str, Any], source: str) -> Conversation:
     """`input` follows `instruction` after an empty line; `history` is a list of [question, answer]."""
-    system = _string(row, "system", source, default="")
+    system = string(row, "system", source, default="")
     turns = [Message(role="system", content=system)] if system else []
     for question, answer in _history(row.get("history"), source):
         turns += [Message(role="user", content=question), Message(role="assistant", content=answer)]
-    instruction, more = _string(row, "instruction", source), _string(row, "input", source, default="")
+    instruction, more = string(row, "instruction", source), string(row, "input", source, default="")
     user = "\n\n".join(part for part in (instruction, more) if part)
     if not user:
         raise fail(source, "this is empty", path="instruction", expected="some text", got="an empty string")
     turns.append(Message(role="user", content=user))
-    turns.append(Message(role="assistant", content=_string(row, "output", source, filled=True)))
-    return _conversation(tuple(turns), row, source, "output")
+    turns.append(Message(role="assistant", content=string(row, "output", source, filled=True)))
+    return conversation(tuple(turns), row, source, "output")
 
 
 def _history(value: Any, source: str) -> list[tuple[str, str]]:
@@ -197,44 +151,17 @@ def _history(value: Any, source: str) -> list[tuple[str, str]]:
     if not isinstance(value, (list, tuple)):
         raise fail(source, "this must be a list", path="history", expected="a list of pairs", got=shown(value))
     pairs = []
-    for i, pair in enumerate(value):
+    for i, turn in enumerate(value):
         path = f"history[{i}]"
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise fail(source, "not a pair", path=path, expected="[question, answer]", got=shown(pair))
-        pairs.append((text(pair[0], source, f"{path}[0]"), text(pair[1], source, f"{path}[1]")))
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise fail(source, "not a pair", path=path, expected="[question, answer]", got=shown(turn))
+        pairs.append((text(turn[0], source, f"{path}[0]"), text(turn[1], source, f"{path}[1]")))
     return pairs
-
-
-def _prompt(row: Mapping[str, Any], source: str) -> Segments | Conversation:
-    prompt = _column(row, "prompt", source, "a string, or a list of messages")
-    completion = _column(row, "completion", source, "a string, or a list of messages")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        parts = ((text(prompt, source, "prompt"), False), (text(completion, source, "completion", filled=True), True))
-        return Segments(parts=parts, whole=True)
-    if isinstance(prompt, str) or isinstance(completion, str):
-        raise fail(
-            source,
-            "prompt and completion differ in kind",
-            path="completion",
-            expected="two strings, or two lists of messages",
-            got=f"prompt {shown(prompt)}, completion {shown(completion)}",
-        )
-    asked = read_messages(prompt, source, "prompt", train=False)
-    answered = read_messages(completion, source, "completion", train=True)
-    if not any(message.role == "assistant" for message in answered):
-        raise fail(
-            source,
-            "no assistant message, so there is nothing to train",
-            path="completion",
-            expected="at least one message with the role assistant",
-            got="roles " + ", ".join(message.role for message in answered),
-        )
-    return _conversation(asked + answered, row, source, "completion")
 
 
 def _segments(row: Mapping[str, Any], source: str) -> Segments:
     """[{text | content, train | label}]; the mask of each stretch must be said."""
-    value = parsed(_column(row, "segments", source, "a list of {text, train}"), source, "segments")
+    value = parsed(column(row, "segments", source, "a list of {text, train}"), source, "segments")
     if not isinstance(value, (list, tuple)) or not value:
         raise fail(
             source,
@@ -268,12 +195,12 @@ def _segment(part: Any, source: str, path: str) -> tuple[str, bool]:
 
 
 def _text(row: Mapping[str, Any], source: str) -> Text:
-    return Text(text=_string(row, "text", source, filled=True))
+    return Text(text=string(row, "text", source, filled=True))
 
 
 def _tokens(row: Mapping[str, Any], source: str) -> Tokens:
     """`labels` is transformers' convention: not shifted, -100 where a token is not trained."""
-    ids = _integers(_column(row, "input_ids", source, "a list of token ids"), source, "input_ids")
+    ids = _integers(column(row, "input_ids", source, "a list of token ids"), source, "input_ids")
     if ids.size == 0 or ids.min() < 0:
         raise fail(
             source,
@@ -341,7 +268,9 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any], str], Value]] = {
     "messages": _chat("messages"),
     "conversations": _chat("conversations"),
     "alpaca": _alpaca,
-    "prompt": _prompt,
+    "prompt": completion,
+    "preference": pair,
+    "label": labelled,
     "segments": _segments,
     "tokens": _tokens,
     "text": _text,

@@ -7,6 +7,7 @@ Texts go through the tokenizer in blocks, on all cores, while the next block is 
   before it, and EOS after it where `Data.append_eos` says so; neither if it is there already.
 - other Segments: literal; nothing is added.
 - Tokens: as they are.
+- Pair: two examples of one unit, the chosen one first. Labelled: one example.
 
 Segments are tokenised each by itself, so that a token never spans a border and a prompt's tokens are those of
 sampling. Tokenizers that begin every text with a space of their own cannot do that without adding spaces: there
@@ -20,19 +21,19 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from attrs import frozen
 
-from ft.data.formats import Segments, Text, Tokens, Value
 from ft.data.masks import mark
 from ft.data.messages import Conversation
 from ft.data.template import REFUSALS, Span, Template, chat_of, make_template, refused, render_text
-from ft.errors import DataError
+from ft.data.values import Labelled, Pair, Segments, Single, Text, Tokens, Value
+from ft.errors import DataError, RecipeError
 from ft.recipe.parts import Data
 from ft.types import Example
 
@@ -67,26 +68,74 @@ class _Plan:
 
 
 def render(rows: Sequence[tuple[Value, str]], tokenizer: PreTrainedTokenizerBase, data: Data) -> list[Example]:
-    """An example for each (value, source), in order. Lengths are not looked at.
+    """An example for each (value, source), in order; for a Pair two, whose unit is its place in ``rows``. Lengths
+    are not looked at.
 
     Raises:
-        DataError: the chat template refuses a row, or does not prove its mask; a row begins with two BOS tokens;
-            `Data.append_eos` where there is no end-of-sequence token.
+        DataError: the chat template refuses a row, or does not prove its mask; a row begins with two BOS tokens; both
+            answers of a pair give the same tokens; `Data.append_eos` where there is no end-of-sequence token.
+        RecipeError: `Data.mask` is "all", and there are answers to be rated or compared.
     """
-    plans = _plans(rows, tokenizer, data)
-    sources = (source for _, source in rows)
+    singles = list(_singles(rows, data))
+    plans = _plans([(value, source) for value, source, _ in singles], tokenizer, data)
+    stamps = ((source, stamp) for _, source, stamp in singles)
     with ThreadPoolExecutor(1) as pool:  # the tokenizer works without the interpreter, which renders on meanwhile
         blocks = []
         while block := list(islice(plans, _BLOCK)):
             texts = [text for plan in block if isinstance(plan, _Plan) for text, _ in plan.texts]
             blocks.append((block, pool.submit(_encode, tokenizer, texts)))
         examples = [
-            Example(tokens_L=tokens_L, mask_L=mask_L, source=next(sources))
+            Example(tokens_L=tokens_L, mask_L=mask_L, source=source, **stamp)
             for block, encoded in blocks
-            for tokens_L, mask_L in _assemble(block, encoded.result())
+            for (tokens_L, mask_L), (source, stamp) in zip(_assemble(block, encoded.result()), stamps, strict=False)
         ]
     _check_bos(examples, tokenizer)
+    _check_pairs(examples)
     return examples
+
+
+_PLAIN: Mapping[str, Any] = {}
+
+
+def _singles(rows: Sequence[tuple[Value, str]], data: Data) -> Iterator[tuple[Single, str, Mapping[str, Any]]]:
+    """Values of one example each, with its source and its other fields."""
+    for unit, (value, source) in enumerate(rows):
+        if not isinstance(value, (Pair, Labelled)):
+            yield value, source, _PLAIN
+            continue
+        _check_mask(data)
+        if isinstance(value, Labelled):
+            yield value.answer, source, {"label": float(value.good)}
+        else:
+            stamp = {"unit": unit, "margin": value.margin}
+            yield from ((value.chosen, source, stamp), (value.rejected, source, stamp))
+
+
+def _check_mask(data: Data) -> None:
+    if data.mask == "all":
+        raise RecipeError(
+            "answers are rated or compared by themselves, without their prompt",
+            where="data.mask",
+            expected='"assistant", "last" or "message"',
+            got="all",
+            fix='set data.mask="assistant", or Source.format to read these rows as something else',
+        )
+
+
+def _check_pairs(examples: Sequence[Example]) -> None:
+    for chosen, rejected in pairwise(examples):
+        if chosen.unit is not None and chosen.unit == rejected.unit and same(chosen, rejected):
+            raise DataError(
+                "the two answers become the same tokens",
+                where=chosen.source,
+                expected="answers that differ by more than what the chat template leaves out",
+                fix="mend or remove the row, or set data.on_bad_row to skip or quarantine",
+            )
+
+
+def same(a: Example, b: Example) -> bool:
+    """Whether two examples have the same tokens."""
+    return np.array_equal(a.tokens_L, b.tokens_L)
 
 
 def prompt(
@@ -110,7 +159,7 @@ def _encode(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
     return backend.encode_batch(texts, add_special_tokens=False)
 
 
-def _plans(rows: Sequence[tuple[Value, str]], tokenizer: Any, data: Data) -> Iterator[_Plan | Tokens]:
+def _plans(rows: Sequence[tuple[Single, str]], tokenizer: Any, data: Data) -> Iterator[_Plan | Tokens]:
     templates: dict[bool, Template] = {}
     frame = _frame(tokenizer, data) if any(_is_document(value) for value, _ in rows) else _BARE
     apart = _begins_clean(tokenizer) if any(isinstance(value, Segments) for value, _ in rows) else True
@@ -129,7 +178,7 @@ def _plans(rows: Sequence[tuple[Value, str]], tokenizer: Any, data: Data) -> Ite
             yield value
 
 
-def _is_document(value: Value) -> bool:
+def _is_document(value: Single) -> bool:
     return isinstance(value, Text) or (isinstance(value, Segments) and value.whole)
 
 

@@ -19,7 +19,9 @@ _natural: Any = validators.ge(0)
 _share: Any = validators.and_(validators.ge(0.0), validators.le(1.0))
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Format = Literal["auto", "messages", "conversations", "alpaca", "prompt", "segments", "text", "tokens"]
+Format = Literal[
+    "auto", "messages", "conversations", "alpaca", "prompt", "preference", "label", "segments", "text", "tokens"
+]
 
 
 @frozen(kw_only=True)
