@@ -369,3 +369,12 @@ def test_dynamic_fine_tuning_weighs_each_token_by_its_probability() -> None:
     out = SFT(kind="dft").loss(scored, batch, Counts(tokens=4))
     assert float(out.loss) == pytest.approx(-(0.5 * np.log(0.5) + 0.25 * np.log(0.25)) / 4)
     assert float(SFT().loss(scored, batch, Counts(tokens=4)).loss) == pytest.approx(-np.log(0.125) / 4)
+
+
+def test_supervised_fine_tuning_refuses_answers_that_may_be_bad() -> None:
+    rated = [evolve(e, unit=None, label=1.0) for e in PAIRS]
+    good = [evolve(e, unit=None) for e in PAIRS]
+    assert SFT().examples(0, Context(data=Rows(good), examples=2, seed=0)) == good
+    for examples, what in ((PAIRS, "a pair of answers"), (rated, "a rated answer")):
+        with pytest.raises(DataError, match=f"rows:0: this row holds answers that are not .*(?s:.*){what}"):
+            SFT().examples(0, Context(data=Rows(examples), examples=2, seed=0))

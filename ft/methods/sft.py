@@ -8,6 +8,7 @@ from typing import Any, Literal
 from attrs import field, frozen, validators
 
 from ft import losses
+from ft.errors import DataError
 from ft.types import Batch, Context, Counts, Example, LogProbs, LossOutput
 
 
@@ -20,7 +21,7 @@ class SFT:
 
     def examples(self, step: int, ctx: Context) -> Sequence[Example]:
         assert ctx.data is not None
-        return ctx.data.draw(step, ctx.examples, ctx.seed)
+        return _all_good(ctx.data.draw(step, ctx.examples, ctx.seed))
 
     def prepare(self, batch: Batch, policy: Any) -> Batch:
         return batch
@@ -28,3 +29,18 @@ class SFT:
     def loss(self, logprobs: LogProbs, batch: Batch, counts: Counts) -> LossOutput:
         loss = losses.nll if self.kind == "nll" else losses.dft
         return loss(logprobs.logp_T, batch.mask_T, tokens=counts.tokens)
+
+
+def _all_good(examples: Sequence[Example]) -> Sequence[Example]:
+    """Refuse compared and rated answers: the bad ones would be learnt like the good ones."""
+    for example in examples:
+        if example.unit is not None or example.label is not None:
+            raise DataError(
+                "this row holds answers that are not to be imitated",
+                where=example.source,
+                expected="rows of good answers only",
+                got="a pair of answers" if example.label is None else "a rated answer",
+                fix="choose a method that compares, such as DPO, or name the part of the row to train in Source.format "
+                "and Source.columns",
+            )
+    return examples
