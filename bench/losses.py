@@ -4,11 +4,11 @@
 
 They take padded [B, W] tensors; ft takes the same tokens packed, or for preference losses the rows' sums, made the
 same way on both sides. TRL's functions are called without a trainer, as the tests call them, so their metrics are
-counted, as ours are. ``--fill`` below 1 makes rows of random length: ft then has fewer tokens to go through, which is
-the point of packing, but not of this comparison. TRL's DPO and KTO functions also average what its model would give
-besides log-probs (entropy, top-1 hits), which is part of their time. Contenders take turns in one process; figures are medians. ``extra
-MB`` is the peak of what one step allocates beyond its inputs, as PyTorch's profiler counts it, so freed temporaries
-count at the moment they stand. ``ratio`` is ft's time over theirs; below 1 ft is the faster.
+counted, as ours are; its DPO and KTO functions also average what its model would give besides log-probs (entropy,
+top-1 hits). ``--fill`` below 1 makes rows of random length: ft then has fewer tokens to go through, which is the point
+of packing, but not of this comparison. Contenders take turns in one process; figures are medians. ``MB`` is the peak
+of what one step allocates beyond its inputs, as PyTorch's profiler counts it, so freed temporaries count while they
+stand. ``ratio`` is ft's time over theirs; below 1 ft is the faster.
 """
 
 from __future__ import annotations
