@@ -48,24 +48,29 @@ class Sequences:
 
     def sum(self, x_T: Tensor) -> Tensor:
         """At each token the sum of ``x_T`` over its own sequence. Differentiable."""
-        return _SequenceSum.apply(upcast(x_T), self)  # type: ignore[return-value]
+        return _SequenceSum.apply(upcast(x_T), self, False)  # type: ignore[return-value]
 
     def mean(self, x_T: Tensor) -> Tensor:
         """At each token the mean of ``x_T``, which is 0 where nothing is trained, over its trained tokens."""
-        return self.sum(x_T) / self.length_T
+        return _SequenceSum.apply(upcast(x_T), self, True)  # type: ignore[return-value]
 
     @cached_property
     def length_T(self) -> Tensor:
         """At each token the number of trained tokens of its sequence, at least 1, in float32."""
-        return self.lay(self._length_S).clamp(min=1)
+        return self.lay(self.length_S)
+
+    @cached_property
+    def length_S(self) -> Tensor:
+        """The same in the order of ``sums``."""
+        return self._trained_S.clamp(min=1)
 
     @cached_property
     def trained(self) -> Tensor:
         """How many sequences have a trained token, 0-d."""
-        return (self._length_S > 0).sum()
+        return (self._trained_S > 0).sum()
 
     @cached_property
-    def _length_S(self) -> Tensor:
+    def _trained_S(self) -> Tensor:
         return self.sums(self.mask_T.float())
 
     def sums(self, x_T: Tensor) -> Tensor:
@@ -99,16 +104,17 @@ class Sequences:
 
 
 class _SequenceSum(torch.autograd.Function):
-    """Each token's gradient goes to all tokens of its sequence: the backward is the forward."""
+    """Sum or mean. Each token's gradient goes to all tokens of its sequence: the backward is the forward."""
 
     @staticmethod
-    def forward(ctx: Any, x_T: Tensor, sequences: Sequences) -> Tensor:
-        ctx.sequences = sequences
-        return sequences.lay(sequences.sums(x_T))
+    def forward(ctx: Any, x_T: Tensor, sequences: Sequences, mean: bool) -> Tensor:
+        ctx.sequences, ctx.mean = sequences, mean
+        sum_S = sequences.sums(x_T)
+        return sequences.lay(sum_S / sequences.length_S if mean else sum_S)
 
     @staticmethod
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _SequenceSum.apply(grad_T, ctx.sequences), None  # type: ignore[return-value]
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _SequenceSum.apply(grad_T, ctx.sequences, ctx.mean), None, None  # type: ignore[return-value]
 
 
 def per_sequence_sum(x_T: Tensor, seq_T: Tensor) -> Tensor:
@@ -127,7 +133,7 @@ def per_sequence_mean(x_T: Tensor, mask_T: Tensor, seq_T: Tensor, *, length_T: T
     ``x_T`` must be 0 where ``mask_T`` is False. ``length_T``: ``lengths(mask_T, seq_T)``, where already known.
     """
     sequences = Sequences(seq_T, mask_T)
-    return sequences.sum(x_T) / (sequences.length_T if length_T is None else length_T)
+    return sequences.mean(x_T) if length_T is None else sequences.sum(x_T) / length_T
 
 
 def count_sequences(mask_T: Tensor, seq_T: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Terms(NamedTuple):
     drift_T: Tensor  # logp - old_logp of each token, with gradient
     log_ratio_T: Tensor  # the same at the level asked for, held to +-20
     ratio_T: Tensor  # its exp, detached
+    by_token: bool  # log_ratio_T is drift_T, held
 
     def logp_T(self) -> Tensor:
         """With gradient. A function, so that losses of the ratio alone do not pay for it."""
@@ -149,7 +150,9 @@ def terms(
     sequences = None if seq_T is None else Sequences(seq_T, mask_T)
     log_ratio_T = _at_level(drift_T, sequences, level)
     ratio_T = log_ratio_T.detach().exp()
-    return Terms(logp_T, mask.keep(adv_T.detach()), mask, seq_T, sequences, drift_T, log_ratio_T, ratio_T)
+    adv_T = mask.keep(adv_T.detach())
+    by_token = LEVELS[level] == "token"
+    return Terms(logp_T, adv_T, mask, seq_T, sequences, drift_T, log_ratio_T, ratio_T, by_token)
 
 
 def _at_level(drift_T: Tensor, sequences: Sequences | None, level: str) -> Tensor:
@@ -202,25 +205,26 @@ def finish(
 def _surrogate(t: Terms, clip: tuple[float, float] | None, dual_clip: float | None) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped term and what was clipped, 1.0 or 0.0 by name. Exactly what is clipped has no gradient."""
     with torch.no_grad():
-        value_T = t.ratio_T * t.adv_T
+        cost_T = -t.adv_T
+        whole_T = value_T = t.ratio_T * cost_T
         if dual_clip is not None:
-            value_T = t.ratio_T.clamp(max=dual_clip) * t.adv_T
+            value_T = t.ratio_T.clamp(max=dual_clip).mul_(cost_T)
         if clip is not None:
-            value_T = torch.minimum(value_T, t.ratio_T.clamp(1 - clip[0], 1 + clip[1]) * t.adv_T)
+            value_T = torch.maximum(value_T, t.ratio_T.clamp(1 - clip[0], 1 + clip[1]).mul_(cost_T))
         clipped = _clipped(t, clip, dual_clip)
-        slope_T = t.ratio_T * t.adv_T
+        slope_T = whole_T
         for hit_T in clipped.values():
-            slope_T = slope_T * (1 - hit_T)
-    return -with_slope(t.log_ratio_T, value_T, slope_T), clipped
+            slope_T = torch.addcmul(slope_T, slope_T, hit_T, value=-1)
+    return with_slope(t.log_ratio_T, value_T, slope_T), clipped
 
 
 def _clipped(t: Terms, clip: tuple[float, float] | None, dual_clip: float | None) -> dict[str, Tensor]:
     clipped, negative_T = {}, less(t.adv_T, 0)
     if dual_clip is not None:
-        clipped["clip_dual"] = greater(t.ratio_T, dual_clip) * negative_T
+        clipped["clip_dual"] = greater(t.ratio_T, dual_clip).mul_(negative_T)
     if clip is not None:
-        clipped["clip_low"] = less(t.ratio_T, 1 - clip[0]) * negative_T
-        clipped["clip_high"] = greater(t.ratio_T, 1 + clip[1]) * greater(t.adv_T, 0)
+        clipped["clip_low"] = less(t.ratio_T, 1 - clip[0]).mul_(negative_T)
+        clipped["clip_high"] = greater(t.ratio_T, 1 + clip[1]).mul_(greater(t.adv_T, 0))
     return clipped
 
 
@@ -232,7 +236,7 @@ def _watch(
     drift_T = t.drift_T.detach().clamp(-kl_terms.BOUND, kl_terms.BOUND)
     totals = {
         "ratio": torch.dot(t.ratio_T, t.mask.trained_T.to(t.ratio_T.dtype)),
-        "approx_kl": (torch.expm1(drift_T) - drift_T).sum(),
+        "approx_kl": _k3_sum(drift_T, t.ratio_T if t.by_token else drift_T.exp()),
         **{name: hit_T.sum() for name, hit_T in clipped.items()},
     }
     if is_weight_T is not None:
@@ -243,14 +247,21 @@ def _watch(
     return dict(zip(totals, means.unbind(), strict=True))
 
 
+def _k3_sum(drift_T: Tensor, ratio_T: Tensor) -> Tensor:
+    """Sum of expm1(d) - d, as tanh(d / 2) (exp(d) + 1) - d: as exact for small d, and half the time of expm1."""
+    tanh_T = (drift_T / 2).tanh_()
+    return torch.addcmul(tanh_T, tanh_T, ratio_T).sub_(drift_T).sum()
+
+
 @torch.no_grad()
 def _extremes(t: Terms) -> dict[str, Tensor]:
     """The greatest ratio and inverse ratio. Untrained places stand far below any, and their exp is 0."""
     log_T = t.log_ratio_T.detach()
     if not log_T.numel():
         return {name: log_T.new_zeros(()) for name in ("ratio_max", "ratio_inverse_max")}
-    far_T = (t.mask.trained_T - 1) * 1e30
-    return {"ratio_max": (log_T + far_T).amax().exp(), "ratio_inverse_max": (far_T - log_T).amax().exp()}
+    out_T = 1 - t.mask.trained_T
+    high, low = torch.sub(log_T, out_T, alpha=1e30).amax(), torch.add(log_T, out_T, alpha=1e30).amin()
+    return {"ratio_max": high.exp(), "ratio_inverse_max": (-low).exp()}
 
 
 def _check_clip(clip: tuple[float, float] | None, dual_clip: float | None) -> None:

@@ -94,7 +94,8 @@ def cispo(
         "clip_low": less(t.ratio_T, floor) * less(t.adv_T, 0),
         "clip_high": greater(t.ratio_T, cap) * greater(t.adv_T, 0),
     }
-    return finish(-t.ratio_T.clamp(floor, cap) * t.adv_T * t.logp_T(), t, clipped=clipped, **_rest(common))
+    weight_T = t.ratio_T.clamp(floor, cap).mul_(t.adv_T).neg_()
+    return finish(weight_T * t.logp_T(), t, clipped=clipped, **_rest(common))
 
 
 def sapo(
@@ -177,8 +178,8 @@ def vespo(
     log_w_T = _log_answer_weight(t, is_weight_T)
     up_T = 1 - less(t.adv_T, 0)
     k_T, lam_T = _either(up_T, k), _either(up_T, lam)
-    phi_T = (lam_T + k_T * log_w_T - lam_T * log_w_T.exp()).exp()
-    return finish(-phi_T * t.adv_T * t.logp_T(), t, **_rest(common))
+    phi_T = (lam_T * (1 - log_w_T.exp())).addcmul_(k_T, log_w_T).exp_()
+    return finish(phi_T.mul_(t.adv_T).neg_() * t.logp_T(), t, **_rest(common))
 
 
 def dppo(
