@@ -110,6 +110,19 @@ def test_in_pairs_of_many_turns_only_what_follows_the_common_part_is_trained():
     assert [train for _, _, train in turns(marked.chosen)] == [False, False, False, True], "marks do not part them"
 
 
+def test_messages_that_say_so_are_not_trained():
+    mute = {"role": "assistant", "content": "Hm", "weight": 0}
+    value = read({"prompt": [ASK], "chosen": [mute, ASK, YES], "rejected": [NO]})
+    assert turns(value.chosen)[1:] == [("assistant", "Hm", False), ("user", "Hi", None), ("assistant", "Yo", True)]
+
+
+@pytest.mark.parametrize("prompt", ["42", "null", '{"a": 1}', '"Hi"'])
+def test_a_prompt_that_happens_to_be_json_is_text(prompt: str):
+    value = read({"prompt": prompt, "chosen": [YES], "rejected": [NO]})
+    assert turns(value.chosen)[0] == ("user", prompt, False)
+    assert read(texts(prompt, "1", "2")).chosen.parts == ((prompt, False), ("1", True))
+
+
 def test_tools_and_a_system_prompt_stand_before_both_answers():
     row = {"chosen": [ASK, YES], "rejected": [ASK, NO], "system": "S", "tools": [{"name": "add"}]}
     value = read(row)
@@ -334,6 +347,14 @@ def test_truncation_cuts_the_ends_of_answers_and_never_one_prompt_alone(tmp_path
     ]
     report = data.report
     assert (report.read, report.kept, report.truncated, report.overlong, report.unlabelled) == (5, 3, 3, 1, 1)
+
+
+def test_a_pair_goes_if_the_cut_leaves_one_side_nothing_to_train(tmp_path: Path):
+    """Cut to 26 tokens, 21 of them prompt and header, the rejected side ends in a message that is not trained."""
+    mute = {"role": "assistant", "content": "Hm" * 20, "train": False}
+    rows = [WHOLE, {"prompt": [ASK], "chosen": [YES], "rejected": [mute, ASK, NO]}]
+    data = ready(lines(tmp_path / "a.jsonl", rows), max_tokens=26, overlong="truncate")
+    assert (data.report.read, data.report.kept, data.report.unlabelled, data.rows) == (2, 1, 1, 1)
 
 
 @settings(max_examples=60, deadline=None)

@@ -103,7 +103,7 @@ def pair(row: Row, source: str) -> Pair:
     """`chosen` and `rejected`, with or without a `prompt`; a margin from `margin`, or from two scores."""
     prompt = row.get("prompt")
     chosen, rejected = (column(row, side, source, "a string, or a list of messages") for side in _SIDES)
-    if prompt is None and isinstance(chosen, str) and isinstance(parsed(chosen, source, "chosen"), str):
+    if prompt is None and _is_text(chosen, source, "chosen"):
         raise fail(
             source,
             "two answers without their prompt",
@@ -161,8 +161,13 @@ def _side(value: Any, source: str, name: str) -> Messages:
     return read_messages([value] if isinstance(value, Mapping) else value, source, name)
 
 
+def _is_text(value: Any, source: str, name: str) -> bool:
+    """Whether ``value`` is a string, and not a list of messages written as JSON."""
+    return isinstance(value, str) and not isinstance(parsed(value, source, name), list)
+
+
 def _asked(prompt: Any, source: str) -> Messages:
-    if isinstance(prompt, str) and isinstance(parsed(prompt, source, "prompt"), str):
+    if _is_text(prompt, source, "prompt"):
         return (Message(role="user", content=text(prompt, source, "prompt", filled=True)),)
     return read_messages(prompt, source, "prompt")
 
