@@ -80,3 +80,27 @@ def test_dropout_draws_are_a_function_of_seed_step_and_rank():
 
     assert draw(1, 5, 0) == draw(1, 5, 0)
     assert len({tuple(draw(*key)) for key in [(1, 5, 0), (1, 6, 0), (1, 5, 1), (2, 5, 0)]}) == 4
+
+
+def test_eight_bit_moments_are_restored_bitwise():
+    pytest.importorskip("torchao")
+
+    def train(parameters, optimizer, steps):
+        for step in steps:
+            for i, p in enumerate(parameters.values()):
+                p.grad = torch.sin(torch.arange(p.numel(), dtype=torch.float32) * (step + 1) + i).view_as(p)
+            optim.update(optimizer, torch.tensor(False))
+
+    def large() -> dict[str, nn.Parameter]:  # torchao leaves small tensors in 32 bits
+        return {"w": nn.Parameter(torch.linspace(-1, 1, 128 * 64).view(128, 64))}
+
+    straight, first = large(), large()
+    train(straight, optim.make(straight, AdamW(lr=0.01, bits=8)), range(4))
+    optimizer = optim.make(first, AdamW(lr=0.01, bits=8))
+    train(first, optimizer, range(2))
+    saved = {k: v.clone() for k, v in state.optimizer_tensors(optimizer, first).items()}
+    assert saved["w/exp_avg.codes"].dtype == torch.uint8
+    again = optim.make(first, AdamW(lr=0.01, bits=8))
+    state.restore_optimizer(again, first, saved)
+    train(first, again, range(2, 4))
+    assert torch.equal(straight["w"], first["w"])

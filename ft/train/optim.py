@@ -20,7 +20,11 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make(parameters: Mapping[str, nn.Parameter], optim: AdamW) -> Optimizer:
-    """AdamW with weight decay on matrices only (a parameter of two or more dimensions)."""
+    """AdamW with weight decay on matrices only (a parameter of two or more dimensions).
+
+    Raises:
+        RecipeError: 8-bit moments without torchao, or on several ranks.
+    """
     matrices = [p for p in parameters.values() if p.dim() >= 2]
     vectors = [p for p in parameters.values() if p.dim() < 2]
     groups = [
@@ -29,6 +33,10 @@ def make(parameters: Mapping[str, nn.Parameter], optim: AdamW) -> Optimizer:
         if params
     ]
     if optim.bits == 8:
+        if any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in parameters.values()):
+            raise RecipeError(
+                "8-bit moments cannot be sharded yet", where="optim.bits", fix="optim.bits=32, or one rank"
+            )
         try:
             from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
         except ImportError as error:
@@ -42,9 +50,12 @@ def make(parameters: Mapping[str, nn.Parameter], optim: AdamW) -> Optimizer:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Set the rate of every group."""
+    """Set the rate of every group; optimizers that compile their step hold it as a tensor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def grad_norm(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -12,7 +12,7 @@ from ft.dist import World
 from ft.errors import FtError
 from ft.io.weights import ModelFolder, resolve
 from ft.models import memory, quant
-from ft.models.build import build, plan_config
+from ft.models.build import Built, build, plan_config
 from ft.recipe import Recipe, run_folder, total_steps
 from ft.train import optim
 from ft.train.guard import GradientCheck, Watch
@@ -88,6 +88,7 @@ def facts(run: Session, rows: Prepared) -> dict[str, object]:
         "model": f"{recipe.model.id} ({type(net).__name__})",
         "weights": "random" if recipe.model.tiny or source is None else f"{source.path} {source.commit or ''}".strip(),
         **table,
+        "adapted": adapted(run.built),
         "trained": f"{sum(p.numel() for p in run.parameters.values()):,} elements in {len(run.parameters):,} tensors",
         "rows": f"{rows.per_epoch:,} per epoch",
         "steps": f"{run.steps:,} of {recipe.batch.examples} rows, micro-batches of {recipe.batch.tokens:,} tokens",
@@ -96,6 +97,13 @@ def facts(run: Session, rows: Prepared) -> dict[str, object]:
         "layout": str(run.policy.layout),
         "folder": str(run.folder),
     }
+
+
+def adapted(built: Built) -> str:
+    """How many weights each target of the recipe means: routed and shared experts are told apart."""
+    if built.attached is None:
+        return "no adapters: all weights are trained"
+    return ", ".join(f"{target}: {len(names)}" for target, names in built.attached.matched.items())
 
 
 def precision(recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ft.dist import copy_into, whole
 from ft.errors import CheckpointError
 from ft.io.stream import Entry
+from ft.train.optim import set_lr
 
 
 def entries(tensors: Mapping[str, Tensor]) -> list[Entry]:
@@ -37,6 +38,8 @@ def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, nn.Paramete
 
 
 def _leaves(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, DTensor) and type(value.to_local()) is not Tensor:
+        value = value.to_local()  # quantised moments, which ``optim.make`` allows on a single rank only
     if isinstance(value, DTensor) or not hasattr(value, "__tensor_flatten__"):
         yield name, value
         return
@@ -58,15 +61,13 @@ def restore_optimizer(
     """
     if not saved:
         return
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rate = float(optimizer.param_groups[0]["lr"])
     for p in parameters.values():
         p.grad = torch.zeros_like(p)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    set_lr(optimizer, 0.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    set_lr(optimizer, rate)
     own = optimizer_tensors(optimizer, parameters)
     if own.keys() != saved.keys():
         missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
