@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attrs import evolve
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -200,6 +204,36 @@ def test_an_idle_rank_has_a_zero_with_a_graph(world: World, name: str) -> None:
     assert all(p.grad is not None and not whole(p.grad).any() for p in parameters.values())
 
 
+def on_three_ranks(folder: Path) -> None:
+    """What each rank runs: a step of every method, in one micro-batch (two ranks are idle) and in three."""
+    torch.set_num_threads(1)
+    with dist.launched() as world:
+        built = model(world)
+        for (name, method), tokens in itertools.product(METHODS.items(), (512, 40)):
+            out, grads, batches = one_step(method, built, world, tokens=tokens)
+            assert (world.size, batches) == (3, 1)
+            if world.first:
+                found = {"loss": out.loss, **{f"sums/{k}": v for k, v in out.sums.items()}, **grads}
+                save_file({k: v.float().contiguous() for k, v in found.items()}, folder / f"{name}-{tokens}")
+
+
+def test_loss_gradient_and_numbers_do_not_depend_on_the_ranks(world: World, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    command = [sys.executable, *launcher, __file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    built = model(world)
+    for (name, method), tokens in itertools.product(METHODS.items(), (512, 40)):
+        out, grads, _ = one_step(method, built, world)
+        expected = {"loss": out.loss, **{f"sums/{k}": v for k, v in out.sums.items()}, **grads}
+        found = load_file(tmp_path / f"{name}-{tokens}")
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(
+                found[key], value.float(), rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+            )
+
+
 # Training -------------------------------------------------------------------------------------------------------------
 
 
@@ -378,3 +412,7 @@ def test_supervised_fine_tuning_refuses_answers_that_may_be_bad() -> None:
     for examples, what in ((PAIRS, "a pair of answers"), (rated, "a rated answer")):
         with pytest.raises(DataError, match=f"rows:0: this row holds answers that are not .*(?s:.*){what}"):
             SFT().examples(0, Context(data=Rows(examples), examples=2, seed=0))
+
+
+if __name__ == "__main__":
+    on_three_ranks(Path(sys.argv[1]))
