@@ -83,7 +83,10 @@ class Sequences:
 
     def lay(self, x_S: Tensor) -> Tensor:
         """The number of its sequence at each token."""
-        return x_S.index_select(0, self._place_T)
+        if self._runs is None:
+            return x_S.index_select(0, self.seq_T)
+        x_R, length_R = x_S.index_select(0, self._runs.place_R), self._runs.start_R1.diff()
+        return x_R.repeat_interleave(length_R, output_size=self.seq_T.numel())
 
     @cached_property
     def _runs(self) -> _Runs | None:
@@ -95,12 +98,6 @@ class Sequences:
             raise ValueError(f"seq_T: expected ids in 0 .. {T}, the number of tokens; got {id_R.min()} .. {id_R.max()}")
         place_R = torch.unique(id_R, return_inverse=True)[1]
         return _Runs(torch.nn.functional.pad(count_R.cumsum(0), (1, 0)), place_R)
-
-    @cached_property
-    def _place_T(self) -> Tensor:
-        if self._runs is None:
-            return self.seq_T
-        return self._runs.place_R.repeat_interleave(self._runs.start_R1.diff(), output_size=self.seq_T.numel())
 
 
 class _SequenceSum(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Elementwise steps of policy losses in forms that processors run in vectors. Shapes: N any one dimension.
+"""Elementwise steps of policy losses in forms that processors run in vectors. Shapes: T tokens, N any one dimension.
 
 Measured on one core, a select by a bool mask, a comparison that gives bool, and the gradients of clamp and minimum
 take 5 to 50 times as long as a product. Hence: masks as bits, comparisons that give 1.0 and 0.0, and a value that
@@ -20,8 +20,8 @@ from ft.losses.reduce import upcast
 class Mask:
     """A bool mask in the forms that are asked for, each made once."""
 
-    def __init__(self, mask_N: Tensor) -> None:
-        self.mask_T = mask_N
+    def __init__(self, mask_T: Tensor) -> None:
+        self.mask_T = mask_T
 
     @cached_property
     def trained_T(self) -> Tensor:
@@ -31,7 +31,8 @@ class Mask:
     def keep(self, x_N: Tensor) -> Tensor:
         """As ``ft.losses.reduce.keep``: upcast, and 0 with a gradient of 0 where the mask is False."""
         x_N = upcast(x_N)
-        return _And.apply(x_N, self._bits64_T if x_N.dtype == torch.float64 else self._bits32_T)  # type: ignore[return-value]
+        bits_N = self._bits64_T if x_N.dtype == torch.float64 else self._bits32_T
+        return _And.apply(x_N, bits_N) if x_N.requires_grad else _and(x_N, bits_N)  # type: ignore[return-value]
 
     @cached_property
     def _bits32_T(self) -> Tensor:
@@ -42,13 +43,17 @@ class Mask:
         return self.mask_T.to(torch.int64).neg()
 
 
+def _and(x_N: Tensor, bits_N: Tensor) -> Tensor:
+    return (x_N.view(bits_N.dtype) & bits_N).view(x_N.dtype)
+
+
 class _And(torch.autograd.Function):
     """All bits of a number, or none, which is 0.0: NaN and infinity go too, as no product would have it."""
 
     @staticmethod
     def forward(ctx: Any, x_N: Tensor, bits_N: Tensor) -> Tensor:
         ctx.save_for_backward(bits_N)
-        return (x_N.view(bits_N.dtype) & bits_N).view(x_N.dtype)
+        return _and(x_N, bits_N)
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -117,8 +117,11 @@ def sapo(
         check_number("tau", value, 0, open_low=True)
     t = terms("sapo", logp_T, old_logp_T, adv_T, mask_T, common.pop("seq_T", None), level)
     tau_T = _either(greater(t.adv_T, 0), tau)
-    gate_T = torch.sigmoid(tau_T * (t.log_ratio_T.exp() - 1)) * 4 / tau_T
-    return finish(-gate_T * t.adv_T, t, **_rest(common, aggregate="sequence"))
+    gate_T = torch.sigmoid(tau_T * (t.ratio_T - 1))
+    gain_T = -4 * t.adv_T
+    slope_T = (1 - gate_T).mul_(gate_T).mul_(t.ratio_T).mul_(gain_T)
+    policy_T = with_slope(t.log_ratio_T, gate_T.mul_(gain_T).div_(tau_T), slope_T)
+    return finish(policy_T, t, **_rest(common, aggregate="sequence"))
 
 
 def gmpo(
