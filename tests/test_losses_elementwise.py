@@ -1,0 +1,63 @@
+"""Masks as bits, values with slopes and sums by runs give what the plain forms give. Shapes: T tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ft.losses.aggregate import Sequences
+from ft.losses.elementwise import Mask, bounded, greater, less, with_slope
+from ft.losses.reduce import keep
+
+SEQ_T = torch.tensor([2, 2, 0, 5, 5, 2])  # 2 comes back: order does not matter
+X_T = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_mask_of_bits_keeps_what_where_keeps(dtype: torch.dtype) -> None:
+    mask_T = torch.tensor([True, False, False, True, False])
+    x_T = torch.tensor([1.5, math.nan, math.inf, -2.0, 3.0], dtype=dtype)
+    ours_T, plain_T = x_T.clone().requires_grad_(), x_T.clone().requires_grad_()
+    ours, plain = Mask(mask_T).keep(ours_T), keep(plain_T, mask_T)
+    assert torch.equal(ours, plain) and ours.dtype == plain.dtype
+    nan_T = torch.full((5,), math.nan, dtype=ours.dtype)
+    nan_T[0] = 2.0
+    grads = (torch.autograd.grad(y, x, nan_T)[0] for y, x in ((ours, ours_T), (plain, plain_T)))
+    for grad_T in grads:
+        assert grad_T[:3].tolist() == [2.0, 0.0, 0.0] and grad_T[4] == 0 and grad_T[3].isnan()
+
+
+def test_bounds_comparisons_and_slopes() -> None:
+    x_T = torch.tensor([-30.0, -1.0, 5.0, 30.0, math.nan], requires_grad=True)
+    held_T = bounded(x_T, 20.0)
+    assert held_T[:4].tolist() == [-20, -1, 5, 20] and held_T[4].isnan()
+    assert torch.autograd.grad(held_T[:4].sum(), x_T)[0][:4].tolist() == [0, 1, 1, 0]
+    assert greater(x_T, 5).tolist() == [0, 0, 0, 1, 0] and less(x_T, 5).tolist() == [1, 1, 0, 0, 0]
+    cubed = with_slope(x_T, x_T.detach() ** 3, 3 * x_T.detach() ** 2)[1:3].sum()
+    assert cubed.item() == 124
+    grad_T = torch.autograd.grad(cubed, x_T, create_graph=True)[0]
+    assert grad_T[1:3].tolist() == [3, 75]
+    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+        torch.autograd.grad(grad_T[2], x_T)
+
+
+@pytest.mark.parametrize("by_runs", [True, False])
+def test_sums_and_means_of_sequences_by_hand(by_runs: bool) -> None:
+    sequences = Sequences(SEQ_T, torch.tensor([True, True, True, True, False, True]))
+    if not by_runs:
+        sequences.__dict__["_runs"] = None  # as on a device
+    x_T = X_T.clone().requires_grad_()
+    assert sequences.sum(x_T).tolist() == [35, 35, 4, 24, 24, 35]
+    assert sequences.mean(x_T).tolist() == pytest.approx([35 / 3, 35 / 3, 4, 24, 24, 35 / 3])
+    assert sequences.length_T.tolist() == [3, 3, 1, 1, 1, 3] and sequences.trained.item() == 3
+    grad_T = torch.autograd.grad(sequences.mean(x_T)[0], x_T)[0]
+    assert grad_T.tolist() == pytest.approx([1 / 3, 1 / 3, 0, 0, 0, 1 / 3])
+
+
+@pytest.mark.parametrize("bad", [-1, 7])
+def test_ids_outside_the_tokens_are_refused(bad: int) -> None:
+    seq_T = torch.where(SEQ_T == 5, bad, SEQ_T)
+    with pytest.raises(ValueError, match=r"seq_T: expected ids in 0 \.\. 6"):
+        Sequences(seq_T, SEQ_T > 0).sum(X_T)
