@@ -18,12 +18,12 @@ def evaluate(
 
     Dropout is off while it runs. Every rank must call it, and gets the same numbers.
     """
-    rows = [data[i] for i in range(min(len(data), examples or len(data)))]
+    chosen = [example for i in range(min(data.rows, examples or data.rows)) for example in data.row(i)]
     module = policy.scorer
     was_training = module.training
     module.eval()
     try:
-        plan = step.plan(rows, method, policy, world, tokens=tokens)
+        plan = step.plan(chosen, method, policy, world, tokens=tokens)
         out = step.reduce(step.run(plan, method, policy, world, backward=False), world)
     finally:
         module.train(was_training)

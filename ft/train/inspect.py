@@ -201,7 +201,7 @@ def oddities(data: Prepared, tokenizer: Any, recipe: Recipe) -> list[str]:
     report, found = data.report, []
     if report.trained == 0:
         found.append("no token is trained: the run would learn nothing; see data.mask")
-    elif report.trained >= report.tokens - report.kept and recipe.data.mask != "all":  # all but each row's first
+    elif report.trained >= report.tokens - len(data) and recipe.data.mask != "all":  # all but each row's first
         found.append(
             "every token of every row is trained: right for plain text; in chats the model also learns to write the "
             "users' turns (see data.mask)"

@@ -26,13 +26,16 @@ from ft.types import Example
 
 def longest(data: Prepared, *, tokens: int, examples: int) -> list[Example]:
     """The longest row and the longest that still fit beside it: the fullest micro-batch that a run can meet."""
-    room, chosen = tokens, []
-    lengths_N = np.diff(data.arrays.offsets_N1) - 1  # positions
-    for i in np.argsort(-lengths_N, kind="stable").tolist():
-        if not chosen or lengths_N[i] <= room:
-            chosen.append(data[i])
-            room -= int(lengths_N[i])
-        if len(chosen) == examples or room <= 0:
+    room, chosen, rows = tokens, [], 0
+    positions_N = np.diff(data.arrays.offsets_N1) - 1
+    first_R1 = data.arrays.first_R1
+    positions_R = positions_N if first_R1 is None else np.add.reduceat(positions_N, first_R1[:-1])
+    for i in np.argsort(-positions_R, kind="stable").tolist():
+        if not chosen or positions_R[i] <= room:
+            chosen += data.row(i)
+            rows += 1
+            room -= int(positions_R[i])
+        if rows == examples or room <= 0:
             break
     return chosen
 
