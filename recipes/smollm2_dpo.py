@@ -11,7 +11,7 @@ recipe = Recipe(
         max_tokens=256,
     ),
     method=DPO(beta=0.1),
-    optim=AdamW(lr=2e-4),
+    optim=AdamW(lr=5e-4),
     schedule=Cosine(warmup=0.1, floor=0.1),
     batch=Batching(examples=16, tokens=2048),
     save=Save(every=32),
