@@ -295,11 +295,12 @@ class Rows:
     def __init__(self, examples: list[Example]):
         self.examples = examples
 
-    def __len__(self) -> int:
+    @property
+    def rows(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
+    def row(self, index: int) -> list[Example]:
+        return [self.examples[index]]
 
     def draw(self, step: int, n: int, seed: int) -> list[Example]:
         return self.examples
