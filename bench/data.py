@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import accumulate
@@ -23,7 +22,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
-from common import record
+from common import measure, record
 
 Rows = list[list[dict[str, str]]]
 
@@ -151,18 +150,6 @@ def paths(rows: Rows, tokenizer: Any) -> dict[str, Callable[[], Any]]:
 
 
 RAW = "encode_batch"
-
-
-def measure(found: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each path in each round, after one unmeasured round that fills every cache."""
-    times: dict[str, list[float]] = {name: [] for name in found}
-    for turn in range(rounds + 1):
-        for name, run in found.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return times
 
 
 def main() -> None:

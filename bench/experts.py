@@ -11,14 +11,13 @@ strikes each; figures are medians over rounds. Outputs and input gradients are c
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
 from attrs import frozen
-from common import record
+from common import measure, record
 from torch import Tensor, nn
 
 D, I, K, RANK = 512, 256, 8, 16
@@ -168,18 +167,6 @@ def compare(blocks: dict[str, nn.Module], inputs: tuple[Tensor, ...], grad: Tens
         for mine, other in zip(ours, step(block, inputs, grad), strict=True):
             error = ((mine - other).norm() / other.norm()).item()
             assert error < tolerance, f"ft and {name} differ by {error}"
-
-
-def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each in each round, after one unmeasured round."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return times
 
 
 def main() -> None:

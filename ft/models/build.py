@@ -165,7 +165,7 @@ def start_adapter(net: nn.Module, adapter: LoRA, seed: int) -> None:
 
 def layers(net: nn.Module) -> Iterator[nn.Module]:
     """The decoder layers: the members of the longest list of modules."""
-    lists = [m for m in net.modules() if isinstance(m, nn.ModuleList) and not isinstance(m, experts.ExpertLoRA)]
+    lists = [m for m in net.modules() if isinstance(m, nn.ModuleList)]
     yield from max(lists, key=len, default=())
 
 
