@@ -6,7 +6,7 @@ Importing ``ft`` imports no torch; what needs it (``ft.losses``, ``ft.train``, .
 """
 
 from ft.errors import FtError
-from ft.methods import CPO, DPO, ORPO, SFT, SimPO
+from ft.methods import BCO, CPO, DPO, KTO, ORPO, SFT, SimPO
 from ft.recipe import (
     NF4,
     WSD,
@@ -28,8 +28,10 @@ from ft.recipe import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "BCO",
     "CPO",
     "DPO",
+    "KTO",
     "NF4",
     "ORPO",
     "SFT",

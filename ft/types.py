@@ -8,7 +8,7 @@ in ``ft.data.pack.collate``: ``logp_T[t]`` scores ``target_T[t]``, given ``input
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
 from attrs import field, frozen
@@ -36,7 +36,9 @@ class Example:
     adv_L: np.ndarray | None = None  # float32
     ce_L: np.ndarray | None = None  # float32, weight of a cross-entropy term
     label: float | None = None
+    label_L: np.ndarray | None = None  # float32, a judgement of each token that mask_L marks (process rewards)
     margin: float | None = None
+    against: Example | None = None  # this prompt with an answer that belongs to another one (KTO)
 
     def __len__(self) -> int:
         return len(self.tokens_L)
@@ -66,13 +68,16 @@ class Batch:
     ref_logp_T: Tensor | None = None
     adv_T: Tensor | None = None
     ce_T: Tensor | None = None
+    label_T: Tensor | None = None
     label_S: Tensor | None = None
     margin_S: Tensor | None = None
+    against: Batch | None = None  # the mismatched answers, in a batch of their own that only ``prepare`` forwards
+    baseline_S: Tensor | None = None  # numbers whose mean over the step is the loss's point of reference
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
         """The same batch with every tensor on ``device`` (copies do not block where memory is pinned)."""
         moved = {
-            f.name: value.to(device, non_blocking=True)
+            f.name: value.to(device, non_blocking=non_blocking)
             for f in attrs.fields(Batch)
             if hasattr(value := getattr(self, f.name), "to")
         }
@@ -87,6 +92,9 @@ class Counts:
     ce_tokens: Any = 0  # sum of ce_T
     seqs: Any = 0
     units: Any = 0
+    desirable: Any = 0  # sequences with a label above 1/2
+    baseline: Any = 0  # sum of baseline_S, and how many there are
+    baselines: Any = 0
     inputs: Any = 0  # forwarded positions that belong to a sequence, for tokens/s and padding waste
 
     def __add__(self, other: Counts) -> Counts:
@@ -130,7 +138,13 @@ class Rollout:
     parts: Mapping[str, float] = field(factory=dict)
 
 
-class Dataset(Protocol):
+class Drawn(Protocol):
+    """What gives the examples of a step."""
+
+    def draw(self, step: int, n: int, seed: int) -> list[Example]: ...
+
+
+class Dataset(Drawn, Protocol):
     """Prepared rows. A row is one example, or the two of a pair. ``fingerprint`` changes whenever an example would."""
 
     @property
@@ -138,22 +152,44 @@ class Dataset(Protocol):
     @property
     def rows(self) -> int: ...
     def row(self, index: int) -> list[Example]: ...
-    def draw(self, step: int, n: int, seed: int) -> list[Example]: ...
+
+
+@frozen(kw_only=True, eq=False)
+class Given:
+    """The same examples at every step: held-out rows, and trials."""
+
+    examples: Sequence[Example]
+
+    def draw(self, step: int, n: int, seed: int) -> list[Example]:
+        return list(self.examples)
 
 
 @frozen(kw_only=True, eq=False)
 class Context:
     """What a method may use to find its examples."""
 
-    data: Dataset | None
+    data: Drawn | None
     examples: int  # per step, over all ranks
     seed: int
     tokenizer: Any = None
     sampler: Sampler | None = None
 
 
+@frozen(kw_only=True)
+class Asks:
+    """What a method wants of the policy beyond log-probs; a method says it in an attribute ``asks``."""
+
+    head: Literal["lm", "score", "steps"] = "lm"  # what stands on the trunk: the vocabulary, or scores to be trained
+    entropy: bool = False
+    hidden: bool = False
+    temperature: float = 1.0
+
+
 class Method(Protocol):
-    """A training method: three functions on a frozen attrs class. See ``ft.methods.sft`` for the smallest."""
+    """A training method: three functions on a frozen attrs class. See ``ft.methods.sft`` for the smallest.
+
+    One that wants more than log-probs also has an attribute ``asks``, which ``asked`` reads.
+    """
 
     def examples(self, step: int, ctx: Context) -> Sequence[Example]:
         """The same list on every rank; a pure function of (seed, step) for methods that read files."""
@@ -166,6 +202,11 @@ class Method(Protocol):
     def loss(self, logprobs: LogProbs, batch: Batch, counts: Counts) -> LossOutput:
         """Pure. ``counts`` are the step's global denominators."""
         ...
+
+
+def asked(method: Method) -> Asks:
+    """What ``method`` asks of the policy: log-probs alone, unless it says more."""
+    return getattr(method, "asks", Asks())
 
 
 class Sampler(Protocol):

@@ -189,8 +189,10 @@ def collate(pack: Sequence[Example]) -> Batch:
         old_logp_T=_stream(pack, "old_logp_L"),
         adv_T=_stream(pack, "adv_L"),
         ce_T=_stream(pack, "ce_L"),
+        label_T=_stream(pack, "label_L"),
         label_S=_scalars(pack, "label"),
         margin_S=_scalars(pack, "margin"),
+        against=collate(against) if (against := [e.against for e in pack if e.against is not None]) else None,
     )
 
 
@@ -259,6 +261,9 @@ def count(batch: Batch) -> Counts:
         ce_tokens=ce,
         seqs=len(batch.lengths),
         units=_number(batch.unit_S.max() + 1) if batch.lengths else 0,
+        desirable=0 if batch.label_S is None else _number((batch.label_S > 0.5).sum()),
+        baseline=0 if batch.baseline_S is None else _number(batch.baseline_S.sum(dtype=torch.float64)),
+        baselines=0 if batch.baseline_S is None else batch.baseline_S.numel(),
         inputs=sum(batch.lengths),
     )
 

@@ -1,9 +1,11 @@
 """Methods: each a frozen attrs class of three functions, named in a recipe."""
 
+from ft.methods.bco import BCO
 from ft.methods.cpo import CPO
 from ft.methods.dpo import DPO
+from ft.methods.kto import KTO
 from ft.methods.orpo import ORPO
 from ft.methods.sft import SFT
 from ft.methods.simpo import SimPO
 
-__all__ = ["CPO", "DPO", "ORPO", "SFT", "SimPO"]
+__all__ = ["BCO", "CPO", "DPO", "KTO", "ORPO", "SFT", "SimPO"]

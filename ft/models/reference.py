@@ -28,10 +28,17 @@ def reference_logps(policy: Policy, batch: Batch) -> Tensor:
             got="none: all weights are trained",
             fix="train adapters, adapter=LoRA(...), or use a method without a reference: SimPO, ORPO or CPO",
         )
+    with lora.disabled(scorer.model):
+        return policy_logps(policy, batch)
+
+
+def policy_logps(policy: Policy, batch: Batch) -> Tensor:
+    """Log-probs [T] of a batch under the policy as it is, without dropout and without gradient."""
+    scorer = policy.scorer
     training = scorer.training
     scorer.eval()
     try:
-        with torch.no_grad(), lora.disabled(scorer.model):
+        with torch.no_grad():
             return logprobs(policy, batch).logp_T
     finally:
         scorer.train(training)

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import torch
+from attrs import evolve
 
 from ft.dist import World
 from ft.models.policy import Policy
 from ft.train import step
-from ft.types import Dataset, Method
+from ft.types import Context, Dataset, Given, Method
 
 
 @torch.no_grad()
 def evaluate(
-    policy: Policy, method: Method, data: Dataset, world: World, *, tokens: int, examples: int | None = None
+    policy: Policy,
+    method: Method,
+    data: Dataset,
+    world: World,
+    context: Context,
+    *,
+    tokens: int,
+    examples: int | None = None,
 ) -> dict[str, float]:
     """Mean loss and the method's other numbers over the first ``examples`` rows (all by default).
 
-    Dropout is off while it runs. Every rank must call it, and gets the same numbers.
+    The method makes its examples of them as of a step's rows. Dropout is off while it runs. Every rank must call it,
+    and gets the same numbers.
     """
-    chosen = [example for i in range(min(data.rows, examples or data.rows)) for example in data.row(i)]
+    rows = min(data.rows, examples or data.rows)
+    held_out = Given(examples=[example for i in range(rows) for example in data.row(i)])
+    chosen = method.examples(0, evolve(context, data=held_out, examples=rows))
     module = policy.scorer
     was_training = module.training
     module.eval()

@@ -210,7 +210,13 @@ def judge(run: Session, progress: Progress) -> bool:
         return False
     recipe = run.recipe
     numbers = evaluate(
-        run.policy, recipe.method, run.held_out, run.world, tokens=recipe.batch.tokens, examples=recipe.eval.examples
+        run.policy,
+        recipe.method,
+        run.held_out,
+        run.world,
+        run.context,
+        tokens=recipe.batch.tokens,
+        examples=recipe.eval.examples,
     )
     run.log.step(progress.step, numbers)
     better = progress.best is None or numbers["eval/loss"] < progress.best

@@ -17,7 +17,7 @@ from ft import dist
 from ft.data.pack import collate, count, pack, pack_rows, shard
 from ft.dist import World
 from ft.models.policy import Policy, forwarded, logprobs
-from ft.types import Batch, Counts, Example, LossOutput, Method
+from ft.types import Batch, Counts, Example, LossOutput, Method, asked
 
 
 @frozen(kw_only=True, eq=False)
@@ -61,9 +61,9 @@ def run(plan: Plan, method: Method, policy: Policy, world: World, *, backward: b
 
     The router's balance loss, where the model gives one, is a share weighted by the micro-batch's positions.
     """
-    total = LossOutput(loss=torch.zeros((), device=world.device))
+    total, asks = LossOutput(loss=torch.zeros((), device=world.device)), asked(method)
     for batch in plan.batches:
-        scored = logprobs(policy, batch)
+        scored = logprobs(policy, batch, entropy=asks.entropy, hidden=asks.hidden, temperature=asks.temperature)
         out = method.loss(scored, batch, plan.counts)
         if scored.aux is not None:
             weight = sum(batch.lengths) / plan.counts.inputs

@@ -21,7 +21,7 @@ from ft.train import optim, schedule, setup, state, step
 from ft.train.console import peak_bytes
 from ft.train.log import Log
 from ft.train.session import Session
-from ft.types import Example
+from ft.types import Example, Given
 
 
 def longest(data: Prepared, *, tokens: int, examples: int) -> list[Example]:
@@ -113,7 +113,9 @@ def _one(run: Session, examples: list[Example], now: int) -> tuple[float, float]
     """A step as the loop takes it; seconds and loss."""
     recipe, world, began = run.recipe, run.world, time.perf_counter()
     state.seed_step(recipe.seed, now, world.rank)
-    plan = step.plan(examples, recipe.method, run.policy, world, tokens=recipe.batch.tokens)
+    context = evolve(run.context, data=Given(examples=examples))
+    made = recipe.method.examples(now, context)
+    plan = step.plan(made, recipe.method, run.policy, world, tokens=recipe.batch.tokens)
     out = step.reduce(step.run(plan, recipe.method, run.policy, world, backward=True), world)
     parameters = list(run.parameters.values())
     norm = optim.grad_norm(parameters)
