@@ -95,8 +95,8 @@ def one_step(
 # By transformers, one sequence at a time ------------------------------------------------------------------------------
 
 
-def oracle(built: Built) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
-    """Adapter leaves, and the log-prob sums of the answers of PAIRS under policy and base by transformers' own logits.
+def oracle(built: Built, examples: list[Example] = PAIRS) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
+    """Adapter leaves, and log-prob sums of the examples' answers under policy and base by transformers' own logits.
 
     The policy is the plain model with W + scaling B A put in the place of each adapted W.
     """
@@ -117,7 +117,7 @@ def oracle(built: Built) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
         logp_LV = found.logits[0].log_softmax(-1)
         return logp_LV.gather(1, tokens_L[1:, None])[:, 0][torch.from_numpy(example.mask_L[1:])].sum()
 
-    return leaves, [total(policy, e) for e in PAIRS], [total(base, e).detach() for e in PAIRS]
+    return leaves, [total(policy, e) for e in examples], [total(base, e).detach() for e in examples]
 
 
 def test_dpo_is_the_formula_on_the_logits_of_transformers(world: World) -> None:

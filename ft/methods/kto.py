@@ -40,8 +40,8 @@ class KTO:
         from ft.models.reference import policy_logps, reference_logps
 
         ratio_S = None
-        if batch.against is not None:
-            other = batch.against
+        if self.kind == "kto":
+            other = rated.mismatched(batch)
             ratio_S = rated.sums(policy_logps(policy, other) - reference_logps(policy, other), other)
         return evolve(batch, ref_logp_T=reference_logps(policy, batch), baseline_S=ratio_S, against=None)
 

@@ -80,6 +80,13 @@ def _joined(asked: Example, asked_end: int, said: Example, said_start: int) -> E
     )
 
 
+def mismatched(batch: Batch) -> Batch:
+    """The mismatched answers; a filler where there are none, since ranks must forward equally often."""
+    from ft.data.pack import collate
+
+    return collate([]).to(batch.input_T.device) if batch.against is None else batch.against
+
+
 def sums(x_T: Tensor, batch: Batch) -> Tensor:
     """x_S: the sum of ``x_T`` over each answer. Empty, with a graph, for a filler batch."""
     from ft.data.pack import segment_sum
