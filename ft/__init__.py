@@ -22,6 +22,7 @@ from ft.recipe import (
     Model,
     Parallel,
     Recipe,
+    Reference,
     Save,
     Source,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "Model",
     "Parallel",
     "Recipe",
+    "Reference",
     "Save",
     "SimPO",
     "Source",

@@ -1,13 +1,14 @@
 """The values that pass between rooms, and the protocols a method and a sampler fulfil.
 
 Shapes: T tokens of a micro-batch (packed, 1-D), S sequences, N trained positions, L tokens of one sequence
-(ragged), D model width. ``mask_L[i]`` is True where predicting ``tokens_L[i]`` is trained. Shifting happens once,
-in ``ft.data.pack.collate``: ``logp_T[t]`` scores ``target_T[t]``, given ``input_T[: t + 1]`` of the same sequence.
+(ragged), D model width, C scores of a position. ``mask_L[i]`` is True where predicting ``tokens_L[i]`` is trained.
+Shifting happens once, in ``ft.data.pack.collate``: ``logp_T[t]`` scores ``target_T[t]``, given ``input_T[: t + 1]``
+of the same sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
@@ -33,6 +34,7 @@ class Example:
     unit: int | None = None
     group: int | None = None
     old_logp_L: np.ndarray | None = None  # float32, the behaviour policy's
+    ref_logp_L: np.ndarray | None = None  # float32, the reference's where it is known beforehand
     adv_L: np.ndarray | None = None  # float32
     ce_L: np.ndarray | None = None  # float32, weight of a cross-entropy term
     label: float | None = None
@@ -66,6 +68,7 @@ class Batch:
     sources: tuple[str, ...] = ()
     old_logp_T: Tensor | None = None
     ref_logp_T: Tensor | None = None
+    ref_hidden_ND: Tensor | None = None  # the reference's last hidden states at trained_N, as wide as its own model
     adv_T: Tensor | None = None
     ce_T: Tensor | None = None
     label_T: Tensor | None = None
@@ -109,6 +112,8 @@ class LogProbs:
     entropy_T: Tensor | None = None  # float32, no gradient, 0 where mask_T is False
     aux: Tensor | None = None  # the router's balance loss of this micro-batch, a mean over its tokens
     hidden_TD: Tensor | None = None
+    compared: Tensor | None = None  # 0-d, what ``Asks.compare`` made of policy and reference, summed over trained_N
+    score_TC: Tensor | None = None  # float32, of a model with a head that scores; 0 where mask_T is False
 
 
 @frozen(kw_only=True, eq=False)
@@ -180,9 +185,12 @@ class Asks:
     """What a method wants of the policy beyond log-probs; a method says it in an attribute ``asks``."""
 
     head: Literal["lm", "score", "steps"] = "lm"  # what stands on the trunk: the vocabulary, or scores to be trained
+    classes: int = 1  # scores per position
     entropy: bool = False
     hidden: bool = False
     temperature: float = 1.0
+    reference: Literal["none", "logps", "states"] = "none"  # of a frozen model: log-probs, or whole distributions
+    compare: Callable[[Tensor, Tensor], Tensor] | None = None  # (policy_NV, reference_NV) logits -> their sum, 0-d
 
 
 class Method(Protocol):

@@ -187,6 +187,7 @@ def collate(pack: Sequence[Example]) -> Batch:
         group_S=torch.tensor([-1 if e.group is None else e.group for e in pack], dtype=torch.int64),
         sources=tuple(e.source for e in pack),
         old_logp_T=_stream(pack, "old_logp_L"),
+        ref_logp_T=_stream(pack, "ref_logp_L"),
         adv_T=_stream(pack, "adv_L"),
         ce_T=_stream(pack, "ce_L"),
         label_T=_stream(pack, "label_L"),

@@ -271,6 +271,36 @@ class Log:
     """Steps in a row with a non-finite loss or gradient before the run stops."""
 
 
+def _unmoved(reference: Reference, attribute: Any, value: int) -> None:
+    if value and reference.cached:
+        raise ValueError("'every' must be 0 with cached=True: what is kept on disk cannot move")
+    if value and reference.model is not None:
+        raise ValueError("'every' must be 0 with a second model, which has other weights to mix with")
+
+
+def _moved(reference: Reference, attribute: Any, value: float) -> None:
+    if not reference.every and value != 1:
+        raise ValueError("'mix' must be left at 1 with every=0: nothing is mixed")
+
+
+@frozen(kw_only=True)
+class Reference:
+    """The frozen model that a method compares with, or learns from; for methods that have one (DPO, KTO, BCO, Distill).
+
+    By default it is the trained model as it began: the base with its adapters off, or with full fine-tuning a frozen
+    copy of the weights.
+    """
+
+    model: Model | None = None
+    """A second model of the same vocabulary, such as a teacher; it may be held in NF4. None is the trained model."""
+    cached: bool = False
+    """Compute each row's reference log-probs once, before the first step, and keep them in `data.cache`, by content."""
+    every: int = field(default=0, validator=validators.and_(_natural, _unmoved))
+    """TR-DPO: steps after which the reference becomes mix x policy + (1 - mix) x reference; 0 never moves it."""
+    mix: float = field(default=1.0, validator=validators.and_(_positive, validators.le(1.0), _moved))
+    """The policy's part in it. 1 replaces the reference; with adapters nothing else is possible."""
+
+
 @frozen(kw_only=True)
 class Recipe:
     """A whole run."""
@@ -284,6 +314,7 @@ class Recipe:
     schedule: Constant | Linear | Cosine | WSD = Cosine()
     batch: Batching = Batching()
     parallel: Parallel = Parallel()
+    reference: Reference = Reference()
     eval: Eval = Eval()
     save: Save = Save()
     log: Log = Log()
@@ -312,6 +343,12 @@ def run_folder(recipe: Recipe) -> Path:
 REHEARSAL_STEPS, REHEARSAL_TOKENS, REHEARSAL_EXAMPLES = 20, 512, 8
 
 
+def tiny_reference(reference: Reference) -> Reference:
+    """The same with a look-alike of its model, where it has one."""
+    model = reference.model
+    return evolve(reference, model=evolve(model, tiny=True, dtype="float32")) if model else reference
+
+
 def rehearse(recipe: Recipe) -> Recipe:
     """The same recipe on a shrunken model: short rows, few steps, float32, and the rehearsal rows if it names any.
 
@@ -323,6 +360,7 @@ def rehearse(recipe: Recipe) -> Recipe:
         recipe,
         model=evolve(recipe.model, tiny=True, dtype="float32"),
         adapter=evolve(recipe.adapter, init=None) if recipe.adapter else None,
+        reference=tiny_reference(recipe.reference),
         data=evolve(
             data,
             train=data.rehearsal or data.train,
