@@ -6,7 +6,7 @@ Importing ``ft`` imports no torch; what needs it (``ft.losses``, ``ft.train``, .
 """
 
 from ft.errors import FtError
-from ft.methods import BCO, CPO, DPO, KTO, ORPO, SFT, SimPO
+from ft.methods import BCO, CPO, DPO, KTO, ORPO, SFT, Reward, SimPO, Stepwise
 from ft.recipe import (
     NF4,
     WSD,
@@ -51,7 +51,9 @@ __all__ = [
     "Parallel",
     "Recipe",
     "Reference",
+    "Reward",
     "Save",
     "SimPO",
     "Source",
+    "Stepwise",
 ]

@@ -3,7 +3,8 @@
 A prompt and its answers are strings, which no template touches, or lists of messages. Where they are messages the
 prompt may be left out: `chosen` and `rejected` are then two whole conversations, and what they have in common from
 the first message on is the prompt. `messages` with a `label` end with the answer: what follows the last message that
-is not the assistant's or a tool's. Of an answer, what the assistant says is trained, and nothing else of the row.
+is not the assistant's or a tool's. Of an answer, what the assistant says is trained, and nothing else of the row. An
+answer may also be given in steps, each with a judgement of its own.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 from attrs import evolve
 
 from ft.data.columns import column, conversation, string, unanswered, with_system
-from ft.data.messages import Conversation, Message, read_messages
+from ft.data.messages import Conversation, Message, read_messages, read_tools
 from ft.data.place import fail, parsed, shown, text
-from ft.data.values import Labelled, Pair, Segments
+from ft.data.values import Labelled, Pair, Segments, Steps
 from ft.errors import DataError
 
 _SIDES = ("chosen", "rejected")
@@ -94,6 +95,49 @@ def _last_answer(row: Row, source: str) -> Conversation:
         )
     _check_said(messages[start:], source, "messages")
     return _joined(messages[:start], messages[start:], row, source, "messages")
+
+
+# Judged steps ---------------------------------------------------------------------------------------------------------
+
+
+def stepwise(row: Row, source: str) -> Steps:
+    """`prompt` (text or messages), `completions` (the steps of one answer) and `labels` (one for each step)."""
+    prompt = column(row, "prompt", source, "a string, or a list of messages")
+    steps = _list(row, "completions", "a list of texts, the steps of one answer", source)
+    labels = _list(row, "labels", "a list of true and false, or of numbers from 0 to 1", source)
+    if len(labels) != len(steps):
+        raise fail(source, "not a label for each step", path="labels", expected=f"{len(steps)} labels",
+                   got=str(len(labels)), fix=_SKIP)  # fmt: skip
+    for i, step in enumerate(steps):
+        _check_text(text(step, source, f"completions[{i}]"), source, f"completions[{i}]")
+    return Steps(
+        prompt=_step_prompt(prompt, row, source),
+        steps=tuple(steps),
+        labels=tuple(_share(label, source, f"labels[{i}]") for i, label in enumerate(labels)),
+    )
+
+
+def _step_prompt(prompt: Any, row: Row, source: str) -> Conversation | str:
+    if _is_text(prompt, source, "prompt"):
+        _no_system(row, source)
+        return text(prompt, source, "prompt", filled=True)
+    asked = with_system(read_messages(prompt, source, "prompt", train=False), row, source, "prompt")
+    return Conversation(messages=asked, tools=read_tools(row.get("tools"), source, "tools"))
+
+
+def _list(row: Row, name: str, expected: str, source: str) -> Sequence[Any]:
+    value = parsed(column(row, name, source, expected), source, name)
+    if not isinstance(value, (list, tuple)) or not value:
+        raise fail(source, "this must be a list that is not empty", path=name, expected=expected,
+                   got=shown(value), fix=_SKIP)  # fmt: skip
+    return value
+
+
+def _share(value: Any, source: str, path: str) -> float:
+    if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
+        raise fail(source, "a step is judged by yes or no, or in between", path=path,
+                   expected="true or false, or a number from 0 to 1", got=shown(value))  # fmt: skip
+    return float(value)
 
 
 # Pairs ----------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Arrays:
     offsets_N1: np.ndarray  # int64
     file_N: np.ndarray  # int32, index into the places of all sources
     number_N: np.ndarray  # int64, line or row number in that file
+    label_T: np.ndarray | None = None  # float32
     first_R1: np.ndarray | None = None  # int64
     label_N: np.ndarray | None = None  # float32
     margin_N: np.ndarray | None = None  # float32
@@ -71,6 +72,7 @@ class _Parts:
     files: list[int] = field(factory=list)
     numbers: list[int] = field(factory=list)
     sizes: list[int] = field(factory=list)  # examples of each row
+    judged: list[np.ndarray | None] = field(factory=list)  # labels of each example's tokens
     labels: list[float | None] = field(factory=list)
     margins: list[float | None] = field(factory=list)
 
@@ -211,7 +213,8 @@ def _fitted(rows: Iterable[_Examples], data: Data, counts: Counter[str]) -> Iter
 def _cut(example: Example, tokens: int) -> Example:
     if len(example) <= tokens:
         return example
-    return evolve(example, tokens_L=example.tokens_L[:tokens], mask_L=example.mask_L[:tokens])
+    label_L = None if example.label_L is None else example.label_L[:tokens]
+    return evolve(example, tokens_L=example.tokens_L[:tokens], mask_L=example.mask_L[:tokens], label_L=label_L)
 
 
 def _overlong(row: _Examples, tokens: int) -> DataError:
@@ -233,6 +236,7 @@ def _add(rows: Sequence[_Examples], parts: _Parts, index: dict[str, int], counts
         name = example.source.rstrip("0123456789")
         parts.files.append(index[name])
         parts.numbers.append(int(example.source[len(name) :]))
+        parts.judged.append(example.label_L)
         parts.labels.append(example.label)
         parts.margins.append(example.margin)
     sizes = [len(row) for row in rows]
@@ -300,6 +304,7 @@ def _join(parts: _Parts, places: Mapping[int, str]) -> Arrays:
         offsets_N1=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_N)]),
         file_N=np.asarray(parts.files, dtype=np.int32),
         number_N=np.asarray(parts.numbers, dtype=np.int64),
+        label_T=_judged(parts, places),
         first_R1=np.cumsum([0, *parts.sizes], dtype=np.int64) if max(parts.sizes, default=1) > 1 else None,
         label_N=_column("label", parts.labels, parts, places),
         margin_N=_column("margin", parts.margins, parts, places),
@@ -307,22 +312,32 @@ def _join(parts: _Parts, places: Mapping[int, str]) -> Arrays:
 
 
 def _column(name: str, values_N: list[float | None], parts: _Parts, places: Mapping[int, str]) -> np.ndarray | None:
-    """None where no example has this number.
+    """None where no example has this number. Raises as ``_all`` does."""
+    there = _all(name, [value is not None for value in values_N], parts, places)
+    return np.array(values_N, np.float32) if there else None
+
+
+def _judged(parts: _Parts, places: Mapping[int, str]) -> np.ndarray | None:
+    """Labels of tokens end to end; None where no example has any. Raises as ``_all`` does."""
+    there = _all("labels", [labels is not None for labels in parts.judged], parts, places)
+    return np.concatenate([labels for labels in parts.judged if labels is not None]) if there else None
+
+
+def _all(name: str, there_N: list[bool], parts: _Parts, places: Mapping[int, str]) -> bool:
+    """Whether the examples have this column.
 
     Raises:
         DataError: only some have it: no method can train the others.
     """
-    lacking = values_N.count(None)
-    if lacking == len(values_N):
-        return None
-    if lacking:
-        i = values_N.index(None)
+    lacking = there_N.count(False)
+    if 0 < lacking < len(there_N):
+        i = there_N.index(False)
         raise DataError(
-            f"a row without a {name}, where others have one",
+            f"a row without a {name.rstrip('s')}, where others have one",
             where=f"{places[parts.files[i]]}{parts.numbers[i]}",
-            expected=f"a {name} in every row of a run, or in none",
-            got=f"none in {lacking:,} of {len(values_N):,} examples",
+            expected=f"a {name.rstrip('s')} in every row of a run, or in none",
+            got=f"none in {lacking:,} of {len(there_N):,} examples",
             fix=f"fill it in, rename the column away (Source.columns={{'{name}': 'unused'}}), or name the format of "
             "these rows in Source.format",
         )
-    return np.array(values_N, np.float32)
+    return any(there_N)

@@ -29,7 +29,7 @@ from ft.recipe.parts import Data, Source
 VERSION = 2
 """Raise it whenever the same rows and options would give other tokens, or the files another layout."""
 
-_OPTIONS = ("mask", "end_of_turn", "max_tokens", "overlong", "on_bad_row", "thinking", "append_eos")
+_OPTIONS = ("mask", "end_of_turn", "max_tokens", "overlong", "on_bad_row", "thinking", "append_eos", "separator")
 _TYPES = {"I32": np.int32, "I64": np.int64, "F32": np.float32, "BOOL": np.bool_}
 
 

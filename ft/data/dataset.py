@@ -91,6 +91,7 @@ class Prepared:
             mask_L=a.mask_T[span],
             source=f"{self.places[a.file_N[i]]}{a.number_N[i]}",
             unit=unit,
+            label_L=None if a.label_T is None else a.label_T[span],
             label=None if a.label_N is None else float(a.label_N[i]),
             margin=None if a.margin_N is None else float(a.margin_N[i]),
         )

@@ -10,6 +10,7 @@
 | `preference`    | prompt, chosen, rejected: three strings          | Pair of Segments; only the answers are trained |
 | `preference`    | chosen, rejected: lists of messages; prompt?     | Pair of Conversations; the same                |
 | `label`         | label, and prompt + completion or messages       | Labelled; only the answer is trained           |
+| `stepwise`      | prompt, completions [text], labels [bool or 0..1] | Steps, each judged at its last token          |
 | `segments`      | segments [{text, train}]                         | Segments, taken literally                      |
 | `tokens`        | input_ids, labels? or mask?, attention_mask?     | Tokens, taken literally                        |
 | `text`          | text                                             | Text                                           |
@@ -30,11 +31,11 @@ from typing import Any
 
 import numpy as np
 
-from ft.data.answers import completion, labelled, pair
+from ft.data.answers import completion, labelled, pair, stepwise
 from ft.data.columns import column, conversation, string, with_system
 from ft.data.messages import Conversation, Message, read_messages
 from ft.data.place import fail, parsed, shown, text
-from ft.data.values import Labelled, Pair, Segments, Text, Tokens, Value
+from ft.data.values import Labelled, Pair, Segments, Steps, Text, Tokens, Value
 from ft.recipe.parts import Format
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Message",
     "Pair",
     "Segments",
+    "Steps",
     "Text",
     "Tokens",
     "Value",
@@ -60,6 +62,7 @@ _SIGNS: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("prompt", ("prompt", "completion")),
     ("alpaca", ("instruction", "output")),
     ("text", ("text",)),
+    ("stepwise", ("prompt", "completions", "labels")),
     ("preference", ("chosen", "rejected")),  # last: such files often hold the same rows for fine-tuning, too
 )
 _MASKS = ("mask", "loss_mask", "completion_mask", "assistant_masks")
@@ -271,6 +274,7 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any], str], Value]] = {
     "prompt": completion,
     "preference": pair,
     "label": labelled,
+    "stepwise": stepwise,
     "segments": _segments,
     "tokens": _tokens,
     "text": _text,

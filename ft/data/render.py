@@ -8,6 +8,8 @@ Texts go through the tokenizer in blocks, on all cores, while the next block is 
 - other Segments: literal; nothing is added.
 - Tokens: as they are.
 - Pair: two examples of one unit, the chosen one first. Labelled: one example.
+- Steps: the prompt, then each step with `Data.separator` behind it. Marked is the last token of each, where the step is
+  judged; no EOS follows.
 
 Segments are tokenised each by itself, so that a token never spans a border and a prompt's tokens are those of
 sampling. Tokenizers that begin every text with a space of their own cannot do that without adding spaces: there
@@ -32,7 +34,7 @@ from attrs import frozen
 from ft.data.masks import mark
 from ft.data.messages import Conversation
 from ft.data.template import REFUSALS, Span, Template, chat_of, make_template, refused, render_text
-from ft.data.values import Labelled, Pair, Segments, Single, Text, Tokens, Value
+from ft.data.values import Labelled, Pair, Segments, Single, Steps, Text, Tokens, Value
 from ft.errors import DataError, RecipeError
 from ft.recipe.parts import Data
 from ft.types import Example
@@ -65,6 +67,7 @@ class _Plan:
     texts: tuple[tuple[str, tuple[Span, ...]], ...]
     frame: _Frame = _BARE
     train_head: bool = False
+    ends: bool = False  # of each trained span only the last token is marked
 
 
 def render(rows: Sequence[tuple[Value, str]], tokenizer: PreTrainedTokenizerBase, data: Data) -> list[Example]:
@@ -85,7 +88,7 @@ def render(rows: Sequence[tuple[Value, str]], tokenizer: PreTrainedTokenizerBase
             texts = [text for plan in block if isinstance(plan, _Plan) for text, _ in plan.texts]
             blocks.append((block, pool.submit(_encode, tokenizer, texts)))
         examples = [
-            Example(tokens_L=tokens_L, mask_L=mask_L, source=source, **stamp)
+            _example(tokens_L, mask_L, source, stamp)
             for block, encoded in blocks
             for (tokens_L, mask_L), (source, stamp) in zip(_assemble(block, encoded.result()), stamps, strict=False)
         ]
@@ -97,9 +100,29 @@ def render(rows: Sequence[tuple[Value, str]], tokenizer: PreTrainedTokenizerBase
 _PLAIN: Mapping[str, Any] = {}
 
 
-def _singles(rows: Sequence[tuple[Value, str]], data: Data) -> Iterator[tuple[Single, str, Mapping[str, Any]]]:
+def _example(tokens_L: np.ndarray, mask_L: np.ndarray, source: str, stamp: Mapping[str, Any]) -> Example:
+    if "labels" not in stamp:
+        return Example(tokens_L=tokens_L, mask_L=mask_L, source=source, **stamp)
+    if int(mask_L.sum()) != len(stamp["labels"]):
+        raise DataError(
+            "two steps end in one token, or one has none",
+            where=source,
+            expected=f"{len(stamp['labels'])} last tokens of steps",
+            got=str(int(mask_L.sum())),
+            fix="set data.separator to text that is a token by itself, or mend the row",
+        )
+    label_L = np.zeros(len(tokens_L), np.float32)
+    label_L[mask_L] = stamp["labels"]
+    return Example(tokens_L=tokens_L, mask_L=mask_L, source=source, label_L=label_L)
+
+
+def _singles(rows: Sequence[tuple[Value, str]], data: Data) -> Iterator[tuple[Single | Steps, str, Mapping[str, Any]]]:
     """Values of one example each, with its source and its other fields."""
     for unit, (value, source) in enumerate(rows):
+        if isinstance(value, Steps):
+            _check_mask(data)
+            yield value, source, {"labels": value.labels}
+            continue
         if not isinstance(value, (Pair, Labelled)):
             yield value, source, _PLAIN
             continue
@@ -143,11 +166,14 @@ def prompt(
 ) -> np.ndarray:
     """tokens_L of a conversation and the header of the assistant's next turn: what sampling goes on from."""
     template = make_template(tokenizer, tools=bool(conversation.tools), thinking=thinking)
+    return np.array(_encode(tokenizer, [_prompt_text(conversation, template, source)])[0].ids, np.int32)
+
+
+def _prompt_text(conversation: Conversation, template: Template, source: str) -> str:
     try:
-        text = render_text(template, chat_of(template, conversation), tools=conversation.tools, prompt=True)
+        return render_text(template, chat_of(template, conversation), tools=conversation.tools, prompt=True)
     except REFUSALS as error:
         raise refused(error, source) from error
-    return np.array(_encode(tokenizer, [text])[0].ids, np.int32)
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
@@ -159,16 +185,26 @@ def _encode(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
     return backend.encode_batch(texts, add_special_tokens=False)
 
 
-def _plans(rows: Sequence[tuple[Single, str]], tokenizer: Any, data: Data) -> Iterator[_Plan | Tokens]:
+def _plans(rows: Sequence[tuple[Single | Steps, str]], tokenizer: Any, data: Data) -> Iterator[_Plan | Tokens]:
     templates: dict[bool, Template] = {}
     frame = _frame(tokenizer, data) if any(_is_document(value) for value, _ in rows) else _BARE
-    apart = _begins_clean(tokenizer) if any(isinstance(value, Segments) for value, _ in rows) else True
+    apart = _begins_clean(tokenizer) if any(isinstance(value, (Segments, Steps)) for value, _ in rows) else True
+
+    def template_of(conversation: Conversation) -> Template:
+        tools = bool(conversation.tools)
+        if tools not in templates:
+            templates[tools] = make_template(tokenizer, tools=tools, thinking=data.thinking)
+        return templates[tools]
+
     for value, source in rows:
         if isinstance(value, Conversation):
-            tools = bool(value.tools)
-            if tools not in templates:
-                templates[tools] = make_template(tokenizer, tools=tools, thinking=data.thinking)
-            yield _chat(value, source, templates[tools], data)
+            yield _chat(value, source, template_of(value), data)
+        elif isinstance(value, Steps):
+            chat = isinstance(value.prompt, Conversation)
+            asked = _prompt_text(value.prompt, template_of(value.prompt), source) if chat else value.prompt
+            parts = [(asked, False), *((step + data.separator, True) for step in value.steps)]
+            head = _BARE if chat else _Frame(head=frame.head)
+            yield _Plan(texts=_stretches(parts, apart), frame=head, ends=True)
         elif isinstance(value, Text):
             yield _Plan(texts=((value.text, ((0, len(value.text)),)),), frame=frame, train_head=True)
         elif isinstance(value, Segments):
@@ -178,7 +214,9 @@ def _plans(rows: Sequence[tuple[Single, str]], tokenizer: Any, data: Data) -> It
             yield value
 
 
-def _is_document(value: Single) -> bool:
+def _is_document(value: Single | Steps) -> bool:
+    if isinstance(value, Steps):
+        return isinstance(value.prompt, str)
     return isinstance(value, Text) or (isinstance(value, Segments) and value.whole)
 
 
@@ -229,7 +267,7 @@ def _assemble(plans: Sequence[_Plan | Tokens], encodings: Sequence[Any]) -> Iter
         if isinstance(plan, Tokens):
             yield plan.input_ids, np.ones(len(plan.input_ids), bool) if plan.mask is None else plan.mask
             continue
-        parts = [_stretch(next(left), len(text), spans) for text, spans in plan.texts]
+        parts = [_stretch(next(left), len(text), spans, plan.ends) for text, spans in plan.texts]
         tokens_L = np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _ in parts)])
         mask_L = np.concatenate([np.zeros(0, bool), *(mask for _, mask in parts)])
         yield (tokens_L, mask_L) if plan.frame == _BARE else _framed(plan, tokens_L, mask_L)
@@ -244,11 +282,13 @@ def _framed(plan: _Plan, tokens_L: np.ndarray, mask_L: np.ndarray) -> tuple[np.n
     return tokens_L, mask_L
 
 
-def _stretch(encoding: Any, characters: int, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
+def _stretch(encoding: Any, characters: int, spans: Sequence[Span], ends: bool) -> tuple[np.ndarray, np.ndarray]:
     tokens_L = np.array(encoding.ids, np.int32)
     mask_L = np.zeros(len(tokens_L), bool)
     for start, end in spans:
-        if (start, end) == (0, characters):
+        if ends:
+            mask_L[_past(encoding, len(tokens_L), end) - 1 :][:1] = len(tokens_L) > 0
+        elif (start, end) == (0, characters):
             mask_L[:] = True
         else:
             mask_L[_first(encoding, len(tokens_L), start) : _past(encoding, len(tokens_L), end)] = True

@@ -6,7 +6,7 @@ transformers is imported when a tokenizer is made, not before.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ft.errors import DataError, MissingFileError, ModelError
 
@@ -55,6 +55,11 @@ def _listing(folder: Path) -> str:
         return "no such folder"
     names = sorted(path.name for path in folder.iterdir())
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "an empty folder"
+
+
+def padding(tokenizer: Any) -> int | None:
+    """The id of the token that pads rows: the tokenizer's, else the end-of-sequence token."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _first_line(error: Exception) -> str:

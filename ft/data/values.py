@@ -52,7 +52,19 @@ class Labelled:
     good: bool
 
 
+@frozen(kw_only=True)
+class Steps:
+    """An answer in steps, with a judgement of each from 0 (bad) to 1 (good); each is judged at its last token.
+
+    The prompt is text, which no template touches, or a conversation that the assistant's turn goes on from.
+    """
+
+    prompt: Conversation | str
+    steps: tuple[str, ...]
+    labels: tuple[float, ...]
+
+
 Single = Conversation | Segments | Text | Tokens
 """A value that is one example."""
 
-Value = Single | Pair | Labelled
+Value = Single | Pair | Labelled | Steps

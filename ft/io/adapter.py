@@ -58,8 +58,10 @@ def load_adapter(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     except SafetensorError as error:
         raise ModelError("not a safetensors file", where=str(folder / WEIGHTS), got=str(error)) from error
     for name in tensors:
-        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise ModelError("the adapter holds more than LoRA factors", where=str(folder / WEIGHTS), got=name)
+        if not name.endswith((".lora_A.weight", ".lora_B.weight", *_HEAD)):
+            raise ModelError(
+                "the adapter holds more than LoRA factors and a head that scores", where=str(folder / WEIGHTS), got=name
+            )
     return tensors, config
 
 
@@ -72,6 +74,8 @@ def _config(path: Path) -> dict[str, Any]:
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ModelError("not a LoRA adapter", where=str(path), expected="peft_type LORA", got=str(kind))
     for option, plain in _PLAIN.items():
+        if option == "modules_to_save" and set(config.get(option) or ()) <= _SCORES:
+            continue
         if config.get(option) not in (None, plain):
             raise ModelError(
                 "a kind of LoRA that ft does not train", where=f"{path}: {option}",
@@ -79,6 +83,10 @@ def _config(path: Path) -> dict[str, Any]:
             )  # fmt: skip
     return config
 
+
+# A head that scores is saved whole. peft's own lists of modules name both of the names that families give it.
+_HEAD = (".score.weight", ".score.bias")
+_SCORES = {"score", "classifier"}
 
 # Options of peft that change what an adapter computes, and their values for plain LoRA.
 _PLAIN: dict[str, Any] = {

@@ -5,7 +5,9 @@ from ft.methods.cpo import CPO
 from ft.methods.dpo import DPO
 from ft.methods.kto import KTO
 from ft.methods.orpo import ORPO
+from ft.methods.reward import Reward
 from ft.methods.sft import SFT
 from ft.methods.simpo import SimPO
+from ft.methods.stepwise import Stepwise
 
-__all__ = ["BCO", "CPO", "DPO", "KTO", "ORPO", "SFT", "SimPO"]
+__all__ = ["BCO", "CPO", "DPO", "KTO", "ORPO", "SFT", "Reward", "SimPO", "Stepwise"]

@@ -34,13 +34,19 @@ class SFT:
 def _all_good(examples: Sequence[Example]) -> Sequence[Example]:
     """Refuse compared and rated answers: the bad ones would be learnt like the good ones."""
     for example in examples:
-        if example.unit is not None or example.label is not None:
+        if example.unit is not None or example.label is not None or example.label_L is not None:
             raise DataError(
                 "this row holds answers that are not to be imitated",
                 where=example.source,
                 expected="rows of good answers only",
-                got="a pair of answers" if example.label is None else "a rated answer",
+                got=_what(example),
                 fix="choose a method that compares, such as DPO, or name the part of the row to train in Source.format "
                 "and Source.columns",
             )
     return examples
+
+
+def _what(example: Example) -> str:
+    if example.label_L is not None:
+        return "an answer of which each step is judged"
+    return "a pair of answers" if example.label is None else "a rated answer"

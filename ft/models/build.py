@@ -20,11 +20,13 @@ from ft.dist import World
 from ft.errors import ModelError, RecipeError
 from ft.io.adapter import load_adapter
 from ft.io.weights import ModelFolder, listing, open_weights
-from ft.models import experts, leak, load, lora, quant, tiny
+from ft.models import experts, head, leak, load, lora, quant, tiny
 from ft.models.policy import Policy, Scorer, has_balance_loss
 from ft.recipe import LoRA, Model, Parallel
+from ft.types import Asks
 
 Say = Callable[[str], None]
+_ASKS = Asks()
 
 
 @frozen(kw_only=True, eq=False)
@@ -36,7 +38,7 @@ class Built:
     folder: ModelFolder | None
 
 
-def plan_config(model: Model, folder: ModelFolder | None, *, vocab: int) -> PretrainedConfig:
+def plan_config(model: Model, folder: ModelFolder | None, *, vocab: int, asks: Asks = _ASKS) -> PretrainedConfig:
     """The config to build: the folder's; under ``tiny`` a shrunken one of the same architecture.
 
     ``vocab`` is the tokenizer's size, which a tiny model gets.
@@ -44,6 +46,10 @@ def plan_config(model: Model, folder: ModelFolder | None, *, vocab: int) -> Pret
     Raises:
         ModelError: there is no folder, and no family to make a tiny model of.
     """
+    return head.planned(_config(model, folder, vocab), asks)
+
+
+def _config(model: Model, folder: ModelFolder | None, vocab: int) -> PretrainedConfig:
     if folder is not None:
         config = load.config_of(folder.path)
         return tiny.shrink(config, vocab) if model.tiny else config
@@ -65,11 +71,12 @@ class Structure:
     attached: lora.Attached | None
 
 
-def structure(model: Model, adapter: LoRA | None, config: PretrainedConfig) -> Structure:
-    """Skeleton, 4-bit storage, adapters, and what is frozen.
+def structure(model: Model, adapter: LoRA | None, config: PretrainedConfig, asks: Asks = _ASKS) -> Structure:
+    """Skeleton, 4-bit storage, adapters, and what is frozen. A head that scores is trained beside adapters too.
 
     Raises:
-        RecipeError: full fine-tuning of quantised weights; dropout on experts; a frozen name that does not exist.
+        RecipeError: full fine-tuning of quantised weights; dropout on experts; a frozen name that does not exist;
+            an adapter on a head that scores.
         ModelError: a target that matches nothing.
     """
     if adapter is None and model.quant is not None:
@@ -78,12 +85,22 @@ def structure(model: Model, adapter: LoRA | None, config: PretrainedConfig) -> S
             where="model.quant",
             fix="set model.quant=none, or train adapters: adapter=LoRA(...)",
         )
-    net = load.skeleton(config, model if adapter else evolve(model, dtype="float32"))
+    net = load.skeleton(config, model if adapter else evolve(model, dtype="float32"), asks)
     items = quant.plan(net, model.quant) if model.quant else ()
     if model.quant is not None:
         quant.apply(net, items, model.quant)
     experts.use_ft_experts(net, model.kernels)
     attached = lora.attach(net, adapter) if adapter else None
+    if attached is not None and asks.head != "lm":
+        if head.NAME in attached.linears:
+            raise RecipeError(
+                "the head that scores is trained whole, and takes no adapter",
+                where="adapter.targets",
+                got=head.NAME,
+                fix="take it out",
+            )
+        head.train(net)
+        attached = evolve(attached, task=head.TASKS[asks.head])
     if adapter is None:
         freeze(net, model.frozen)
     return Structure(net=net, items=items, attached=attached)
@@ -99,6 +116,7 @@ def build(
     parallel: Parallel,
     seed: int,
     say: Say,
+    asks: Asks = _ASKS,
 ) -> Built:
     """Put the policy together on this rank.
 
@@ -107,7 +125,7 @@ def build(
     Raises:
         RecipeError, ModelError: see ``structure``; weights are missing or left over; no layout keeps sequences apart.
     """
-    made = structure(model, adapter, config)
+    made = structure(model, adapter, config, asks)
     net = made.net
     if model.checkpointing:
         recompute(net)
@@ -116,12 +134,18 @@ def build(
     if model.tiny or folder is None:
         load.fill_random(scorer, seed, device=world.device)
     else:
-        filled = load.fill(scorer, open_weights(folder.path), device=world.device, where=str(folder.path))
+        stored = open_weights(folder.path)
+        filled = load.fill(scorer, stored, device=world.device, where=str(folder.path))
+        if load.fresh_head(scorer, stored):
+            head.init(net, seed)
+            say("the head that scores starts from random weights, for the folder stores none")
         if filled.dropped:
             say(f"{len(filled.dropped):,} stored tensors have no part in the language model: {listing(filled.dropped)}")
+    if head.is_ours(net):
+        say(f"transformers has no {type(net).__name__}: to load what is saved, call ft.models.head.register first")
     quant.verify(net, made.items)
     if adapter:
-        start_adapter(net, adapter, seed)
+        start_adapter(net, adapter, seed, say)
     wanted = None if model.attention == "auto" else model.attention
     layout, report = leak.check(scorer, requested=model.layout, attention=wanted, device=world.device)
     for line in report.lines():
@@ -154,12 +178,16 @@ def freeze(net: nn.Module, ends: tuple[str, ...]) -> None:
             net.get_parameter(name).requires_grad_(False)
 
 
-def start_adapter(net: nn.Module, adapter: LoRA, seed: int) -> None:
-    """Fresh factors (no change to the base), or those of a saved adapter."""
+def start_adapter(net: nn.Module, adapter: LoRA, seed: int, say: Say = lambda _: None) -> None:
+    """Fresh factors (no change to the base), or those of a saved adapter; with its head, where it has one."""
     if adapter.init is None:
         lora.init(net, seed)
         return
     tensors, config = load_adapter(adapter.init)
+    own = lora.head_state(net)
+    if own and not own.keys() & tensors.keys():
+        say(f"{adapter.init} has no head that scores: it starts as it would without this adapter")
+        tensors = {**tensors, **own}
     lora.load_state(net, tensors, config)
 
 

@@ -9,11 +9,13 @@ Three measurements on one small seeded batch of ragged documents, cheap enough f
 3. values: log-probs must equal those of each document alone by the model's own attention and own logits, which also
    proves positions, sliding windows, and the scale and softcap of the head.
 Values are compared by their median: a router's top-k may flip on a rounding error, and a flip is not a leak.
+Where the head scores, there are no log-probs: a fixed random projection of the hidden states stands in for them. What
+the head makes of one hidden state depends on no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -59,7 +61,7 @@ class Finding:
             return f"{self.layout}: did not run ({self.error})"
         verdict = "passes" if self.ok else "FAILS"
         return (
-            f"{self.layout}: {verdict}; gradient into other sequences {self.leak:.1e} (must be 0), log-probs moved by "
+            f"{self.layout}: {verdict}; gradient into other sequences {self.leak:.1e} (must be 0), outputs moved by "
             f"another sequence {self.moved:.1e}, away from each alone {self.gap:.1e} (at most {self.tolerance:.0e}; "
             f"largest {self.worst:.1e})"
         )
@@ -80,7 +82,7 @@ class Report:
         """One plain line on the layout in use; where `auto` fell back to padding, also why."""
         used = self.findings[-1]
         lines = [
-            f"layout: {used.layout}; checked: no gradient reaches another sequence, and log-probs are within "
+            f"layout: {used.layout}; checked: no gradient reaches another sequence, and outputs are within "
             f"{used.gap:.0e} of each sequence alone"
         ]
         if self.requested == "auto" and used.layout.kind == "padded":
@@ -137,11 +139,11 @@ def _refusal(findings: Sequence[Finding], requested: str) -> ModelError:
 
 def _finding(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor], oracle_N: Tensor) -> Finding:
     try:
-        leak, logp_N, dtype = _gradient_leak(scorer, layout, tokens)
-        moved_N = _perturbed(scorer, layout, tokens)[len(tokens[0]) - 1 :] - logp_N[len(tokens[0]) - 1 :]
+        leak, value_N, dtype = _gradient_leak(scorer, layout, tokens)
+        moved_N = _perturbed(scorer, layout, tokens)[len(tokens[0]) - 1 :] - value_N[len(tokens[0]) - 1 :]
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, ModelError) as error:
         return Finding(layout=layout, error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
-    gap_N = (logp_N - oracle_N).abs()
+    gap_N = (value_N - oracle_N).abs()
     exact = dtype in (torch.float32, torch.float64)
     moved = moved_N.abs().max() if exact else moved_N.abs().median()
     measured = torch.stack([leak, moved, gap_N.median(), gap_N.max()]).double()
@@ -153,7 +155,7 @@ def _finding(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor], oracle_N:
 
 
 def _gradient_leak(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Largest gradient of the second document outside of it, over the largest inside; log-probs; precision."""
+    """Largest gradient of the second document outside of it, over the largest inside; values; precision."""
     batch = _batch(tokens)
     with torch.enable_grad(), _embeddings(scorer) as leaves:
         found = scorer(batch, layout, hidden=True)
@@ -171,20 +173,31 @@ def _gradient_leak(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor]) -> 
     inside, outside = rows[own].amax(), rows[~own].amax()
     # nan compares as no leak, and no gradient inside proves nothing: both count as an infinite leak
     leak = torch.where(torch.isfinite(inside) & (inside > 0) & torch.isfinite(outside), outside / inside, torch.inf)
-    return leak, found["logp_T"].detach(), _precision(scorer, found["hidden_TD"].dtype)
+    return leak, _values(scorer, found), _precision(scorer, found["hidden_TD"].dtype)
 
 
 @torch.no_grad()
 def _perturbed(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor]) -> Tensor:
-    """Log-probs with every token of the first document replaced."""
+    """Values with every token of the first document replaced."""
     vocab = scorer.text_config.vocab_size
-    return scorer(_batch([(tokens[0] + vocab // 2) % vocab, *tokens[1:]]), layout)["logp_T"]
+    batch = _batch([(tokens[0] + vocab // 2) % vocab, *tokens[1:]])
+    return _values(scorer, scorer(batch, layout, hidden=scorer.scores))
 
 
 @torch.no_grad()
 def _alone(scorer: Scorer, tokens: Sequence[Tensor], attention: str) -> Tensor:
     """The oracle: each document by itself, the model's own attention, its own masks and logits."""
-    return torch.cat([scorer(_batch([t]), alone(attention), own_logits=True)["logp_T"] for t in tokens])
+    own: dict[str, bool] = {"hidden": True} if scorer.scores else {"own_logits": True}
+    return torch.cat([_values(scorer, scorer(_batch([t]), alone(attention), **own)) for t in tokens])
+
+
+def _values(scorer: Scorer, found: Mapping[str, Tensor]) -> Tensor:
+    """One number per position that depends on all that the trunk says there: a log-prob, or a projection."""
+    if not scorer.scores:
+        return found["logp_T"].detach()
+    hidden_TD = found["hidden_TD"].detach().float()
+    weight_D = torch.randn(hidden_TD.shape[1], generator=torch.Generator().manual_seed(2)).to(hidden_TD)
+    return hidden_TD @ weight_D / weight_D.norm()
 
 
 def _tokens(scorer: Scorer, lengths: Sequence[int], device: torch.device) -> list[Tensor]:

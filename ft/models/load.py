@@ -29,13 +29,16 @@ from ft.dist import local_rows
 from ft.errors import MissingFileError, ModelError
 from ft.io.convert import Layout, Op, Plan, evaluate, make_plan
 from ft.io.weights import Memory, TensorSource
+from ft.models import head
 from ft.models.mapping import extras, route_for
 from ft.models.quant import piece_names, quantised, store
 from ft.recipe.parts import Model
+from ft.types import Asks
 
 # Segments that wrappers of modules add to parameter names.
 _WRAPPERS = ("base_layer.", "_checkpoint_wrapped_module.", "_orig_mod.")
 _ADAPTER = ("lora_", "ft_lora")  # beginnings of segments
+_ASKS = Asks()
 
 
 def config_of(folder: Path) -> PretrainedConfig:
@@ -88,24 +91,34 @@ def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     raise ModelError(f"transformers has no causal language model for {config.model_type!r}", where="model")
 
 
-def skeleton(config: PretrainedConfig, model: Model) -> PreTrainedModel:
-    """The model with its parameters on the meta device, in ``model.dtype``, in eval mode.
+def model_class(config: PretrainedConfig, asks: Asks) -> type[PreTrainedModel]:
+    """The class of the model with the head that a method asks for."""
+    causal = causal_class(config)
+    return causal if asks.head == "lm" else head.scoring_class(config, asks.head, causal)
+
+
+def skeleton(config: PretrainedConfig, model: Model, asks: Asks = _ASKS) -> PreTrainedModel:
+    """The model with its parameters on the meta device, in ``model.dtype``, in eval mode; its head as ``asks`` says.
 
     Parameters that the family keeps in float32 stay so. Buffers that no folder stores (rotary frequencies) are
     computed, on the CPU.
     """
     config = deepcopy(text_config(config))
     dtype = getattr(torch, model.dtype)
+    made = model_class(config, asks)
     wish: dict[str, Any] = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     try:
         with torch.device("meta"):
-            built = causal_class(config)._from_config(config, dtype=dtype, **wish)
+            built = made._from_config(config, dtype=dtype, **wish)
     except (ValueError, ImportError) as e:
         raise ModelError(
             f"{config.model_type} cannot be built as asked", where="model.attention", got=str(e),
             fix='attention="auto" takes what the model supports',
         ) from e  # fmt: skip
     built.config.use_cache = False
+    if asks.head != "lm":
+        head.check(built)
+        head.carry_routing(built)
     _keep_float32(built, dtype)
     _fill_computed_buffers(built)
     return built.eval()
@@ -294,7 +307,15 @@ def plan(module: nn.Module, source: TensorSource, *, where: str = "") -> Plan:
     """How ``fill`` would make each parameter, from names and shapes alone. Raises as ``fill`` does."""
     model, table = causal_model(module), slots(module)
     to = route_for(model, _aliases(table))
+    if fresh_head(module, source):
+        table = {name: slot for name, slot in table.items() if name not in head.parts(model)}
     return make_plan(source, _present(source, to, table), to, drop=extras(model), where=where)
+
+
+def fresh_head(module: nn.Module, source: TensorSource) -> bool:
+    """Whether the model has a head that scores, of which ``source`` stores nothing: a language model's folder."""
+    own = head.parts(causal_model(module))
+    return bool(own) and not any(name.rpartition(".")[0].endswith(head.NAME) for name in source.names())
 
 
 def _aliases(table: Mapping[str, Slot]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ft.dist import copy_into, whole
 from ft.errors import ModelError, RecipeError
 from ft.io.stream import Entry
+from ft.models import head
 from ft.models.experts import NAME, ExpertLoRA, expert_modules, stack_names, stack_shape, use_ft_experts
 from ft.models.targets import adaptable, resolve, shortest
 from ft.recipe import LoRA
@@ -46,6 +47,7 @@ class Attached:
     stacks: tuple[str, ...]  # "<experts module>.<stack>"
     target_modules: tuple[str, ...]  # the same for peft
     target_parameters: tuple[str, ...]
+    task: str = "CAUSAL_LM"  # peft's name; any other has a head that is trained and saved whole
 
 
 def scaling(lora: LoRA) -> float:
@@ -139,7 +141,7 @@ class _Slot:
 
     key: str
     parameter: nn.Parameter
-    factor: Literal["A", "B"]
+    factor: Literal["A", "B", "whole"]  # whole: a parameter of the head, which is no factor
     stacked: bool
 
     def to_peft(self, value: Tensor) -> Tensor:
@@ -190,8 +192,22 @@ def _plain(name: str) -> str:
     return name
 
 
+def _head_slots(model: nn.Module) -> Iterator[_Slot]:
+    """The head that is trained beside the adapters, where it scores."""
+    for name, parameter in head.parts(model).items():
+        yield _Slot(key=f"{_PREFIX}{name}", parameter=parameter, factor="whole", stacked=False)
+
+
+def head_state(model: nn.Module) -> dict[str, Tensor]:
+    """The head that is trained beside the adapters, whole, in peft's names: copies. Empty for a language model."""
+    return {slot.key: whole(slot.parameter.detach()).clone() for slot in _head_slots(model)}
+
+
 def adapter_entries(model: nn.Module) -> list[Entry]:
-    """The adapters in peft's names and layout, to be written: each is gathered, by all ranks, when its turn comes."""
+    """The adapters, and the head trained beside them, in peft's names and layout, to be written.
+
+    Each is gathered, by all ranks, when its turn comes.
+    """
 
     def entry(slot: _Slot) -> Entry:
         def get() -> Tensor:
@@ -199,7 +215,12 @@ def adapter_entries(model: nn.Module) -> list[Entry]:
 
         return Entry(name=slot.key, shape=slot.peft_shape, dtype=slot.parameter.dtype, get=get)
 
-    return [entry(slot) for slot in _slots(model)]
+    return [entry(slot) for slot in (*_slots(model), *_head_slots(model))]
+
+
+def factors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters where they lie, by peft's names."""
+    return {slot.key: slot.parameter for slot in _slots(model)}
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -220,7 +241,8 @@ def adapter_config(attached: Attached, base: str) -> dict[str, Any]:
         use_rslora=lora.rslora,
         target_modules=list(attached.target_modules),
         target_parameters=list(attached.target_parameters) or None,
-        task_type="CAUSAL_LM",
+        task_type=attached.task,
+        modules_to_save=None if attached.task == "CAUSAL_LM" else [head.NAME],
         base_model_name_or_path=base,
         inference_mode=True,
     )
@@ -261,7 +283,7 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor], config: Mapping[
     Raises:
         ModelError: tensors that are missing, left over or of another shape, or a config that does not fit.
     """
-    slots = {slot.key: slot for slot in _slots(model)}
+    slots = {slot.key: slot for slot in (*_slots(model), *_head_slots(model))}
     missing, unexpected = sorted(slots.keys() - tensors.keys()), sorted(tensors.keys() - slots.keys())
     if missing or unexpected:
         raise ModelError(

@@ -118,6 +118,8 @@ def extras(model: PreTrainedModel) -> list[str]:
     Some folders store the layers for multi-token prediction behind the model's own.
     """
     patterns = [*_EXTRAS, *sorted(model._keys_to_ignore_on_load_unexpected or ())]
+    if model.get_output_embeddings() is None:  # a head that scores stands in the place of the vocabulary's
+        patterns.append(r"(^|\.)lm_head\.")
     depth = getattr(model.config, "num_hidden_layers", 0)
     ahead = getattr(model.config, "num_nextn_predict_layers", 0) or 0
     patterns += [rf"(^|\.)layers\.{i}\." for i in range(depth, depth + ahead)]

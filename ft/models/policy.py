@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ft.errors import ModelError
 from ft.kernels.logprobs import token_logps
-from ft.models import documents, layout
+from ft.models import documents, head, layout
 from ft.models.layout import Layout, Rows, arrange
 from ft.types import Batch, LogProbs
 
@@ -63,6 +63,7 @@ class Scorer(nn.Module):
         self.model = model
         self.kernels = kernels
         self.own_attention = str(model.config._attn_implementation)
+        self.scores = bool(head.parts(model))  # the head gives scores to be trained, in the place of log-probs
         self.options = head_options(model.config)
 
     def forward(
@@ -77,6 +78,8 @@ class Scorer(nn.Module):
         own_logits: bool = False,
     ) -> dict[str, Tensor]:
         """Fields of ``LogProbs``. A batch without trained positions gives zeros that still have a graph.
+
+        A model with a head that scores gives ``score_TC``, and log-probs of 0.
 
         Args:
             aux: coefficient of the router's balance loss; 0 leaves it out.
@@ -94,10 +97,14 @@ class Scorer(nn.Module):
         )
         hidden_RD = out.last_hidden_state.flatten(0, 1)
         place_N = batch.trained_N if rows.place_T is None else rows.place_T[batch.trained_N]
-        logp_N, entropy_N = self._token_logps(hidden_RD[place_N], batch, temperature, entropy)
-        found = {"logp_T": _scatter(logp_N, batch)}
-        if entropy_N is not None:
-            found["entropy_T"] = _scatter(entropy_N.detach(), batch)
+        if self.scores:
+            score_TC = _scatter(head.scores(hidden_RD[place_N], self.model), batch)
+            found = {"logp_T": torch.zeros_like(score_TC[:, 0]), "score_TC": score_TC}
+        else:
+            logp_N, entropy_N = self._token_logps(hidden_RD[place_N], batch, temperature, entropy)
+            found = {"logp_T": _scatter(logp_N, batch)}
+            if entropy_N is not None:
+                found["entropy_T"] = _scatter(entropy_N.detach(), batch)
         if aux:
             found["aux"] = aux * balance_loss(self.model, out, rows.real_SL, empty=not batch.lengths)
         if hidden:
@@ -144,7 +151,9 @@ class Scorer(nn.Module):
 
 
 def _scatter(x_N: Tensor, batch: Batch) -> Tensor:
-    zeros_T = torch.zeros(batch.input_T.shape, dtype=torch.float32, device=batch.input_T.device)
+    """Values of trained positions, [N] or [N, C], where they belong; 0 elsewhere."""
+    shape = (*batch.input_T.shape, *x_N.shape[1:])
+    zeros_T = torch.zeros(shape, dtype=torch.float32, device=batch.input_T.device)
     return zeros_T.index_copy(0, batch.trained_N, x_N.float())
 
 

@@ -73,7 +73,7 @@ def _skipped(item: Item, skip: Sequence[str]) -> bool:
 
 
 def _linears(model: nn.Module) -> Iterator[Item]:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = getattr(model, "get_output_embeddings", lambda: None)() or getattr(model, "score", None)
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear) or isinstance(module, NF4Linear) or module is head:
             continue
@@ -257,7 +257,7 @@ def kind_of(name: str, owner: nn.Module) -> str:
         return "adapter"
     if isinstance(owner, nn.Embedding):
         return "embeddings"
-    if "lm_head" in segments:
+    if "lm_head" in segments or segments[0] == "score":
         return "head"
     if is_router(".".join(segments[:-1])) or segments[-1].endswith("correction_bias"):
         return "routers"

@@ -52,7 +52,7 @@ class Weights:
 
 def adaptable(model: Any) -> Weights:
     """Every linear layer and every stack of experts of a transformers model, with its group."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)() or getattr(model, "score", None)
     linears = {
         name: "" if module is head or is_bypassed(model, name) else _group(name.split("."))
         for name, module in model.named_modules()

@@ -20,8 +20,9 @@ _share: Any = validators.and_(validators.ge(0.0), validators.le(1.0))
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Format = Literal[
-    "auto", "messages", "conversations", "alpaca", "prompt", "preference", "label", "segments", "text", "tokens"
-]
+    "auto", "messages", "conversations", "alpaca", "prompt", "preference", "label", "stepwise", "segments", "text",
+    "tokens",
+]  # fmt: skip
 
 
 @frozen(kw_only=True)
@@ -145,6 +146,8 @@ class Data:
     """Passed to templates that know `enable_thinking`; None leaves it to the template."""
     append_eos: bool = True
     """End `text` rows with the end-of-sequence token."""
+    separator: str = "\n"
+    """Put after each step of `stepwise` rows; a step is judged where it ends."""
     shuffle: bool = True
     """Draw a new order each epoch from the seed; False keeps the order of the rows."""
     cache: Path | None = Path(".ft-cache")

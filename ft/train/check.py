@@ -30,6 +30,7 @@ from ft.recipe import Recipe, dump, run_folder, total_steps
 from ft.train import keep, optim, setup
 from ft.train.inspect import oddities, prepared
 from ft.train.trial import longest, try_step
+from ft.types import asked
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -267,7 +268,7 @@ class Shape:
 def _shape(recipe: Recipe, folder: ModelFolder | None, tokenizer: Any) -> Found[Shape]:
     """Config, quantised structure and adapters, as ``ft.models.build`` puts them together."""
     config = setup.config_of(recipe, folder, vocab=len(tokenizer))
-    made = structure(recipe.model, recipe.adapter, config)
+    made = structure(recipe.model, recipe.adapter, config, asked(recipe.method))
     net, attached = made.net, made.attached
     if recipe.adapter is not None and recipe.adapter.init is not None:
         load_adapter(recipe.adapter.init)

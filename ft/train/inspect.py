@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 from rich.text import Text
 
 from ft.data.dataset import Prepared, prepare
@@ -18,7 +18,7 @@ from ft.data.pack import pack, positions
 from ft.recipe import Recipe, total_steps
 from ft.recipe.parts import Source
 from ft.train import setup
-from ft.types import Context, Example
+from ft.types import Context, Example, asked
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +48,7 @@ def inspect(recipe: Recipe, console: Console, *, rows: int = 3) -> None:
     data = prepared(recipe, recipe.data.train, tokenizer, say)
     say("\ntrained tokens stand in ⟦ ⟧ (green); ↵ ends a line, ⇥ is a tab, · a space at an edge", OTHER)
     first = step_of(recipe, data, tokenizer, 0)
-    for example in first[:rows]:
+    for example in [as_marked(e, asked(recipe.method).head) for e in first[:rows]]:
         say()
         say(header(example), "bold")
         say(marked(example, tokenizer))
@@ -73,6 +73,13 @@ def step_of(recipe: Recipe, data: Prepared, tokenizer: Any, step: int) -> Sequen
     """The examples that a run of this recipe sees in ``step``."""
     context = Context(data=data, examples=recipe.batch.examples, seed=recipe.seed, tokenizer=tokenizer)
     return recipe.method.examples(step, context)
+
+
+def as_marked(example: Example, head: str) -> Example:
+    """An example to be shown. A head that scores reads the token before each that the mask marks: that one is shown."""
+    if head == "lm":
+        return example
+    return evolve(example, tokens_L=example.tokens_L[:-1], mask_L=example.mask_L[1:])
 
 
 # A row ----------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ft import dist
+from ft.data.tokenizer import padding
 from ft.dist import World, copy_into
 from ft.errors import CapacityError, CheckpointError
 from ft.io import checkpoint
@@ -43,11 +45,23 @@ def own_tensors(net: torch.nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in saved.items() if name in names}
 
 
-def documents(built: Built, base: str) -> dict[str, Any]:
+def documents(built: Built, base: str, tokenizer: Any = None) -> dict[str, Any]:
     """What must lie beside the weights for peft or transformers to load them."""
     if built.attached is not None:
         return {"adapter_config": lora.adapter_config(built.attached, base)}
-    return {"config": {**built.policy.config.to_diff_dict(), "dtype": "float32"}}
+    return {"config": {**saved_config(built, tokenizer).to_diff_dict(), "dtype": "float32"}}
+
+
+def saved_config(built: Built, tokenizer: Any) -> Any:
+    """The config of a whole model, to be saved with it.
+
+    A model that scores is told which token pads, for transformers reads a sequence's score before its padding.
+    """
+    config = deepcopy(built.policy.config)
+    config.architectures = [type(built.policy.scorer.model).__name__]
+    if built.policy.scorer.scores and tokenizer is not None:
+        config.pad_token_id = padding(tokenizer)
+    return config
 
 
 def save(run: Session, progress: Progress) -> None:
@@ -65,7 +79,7 @@ def save(run: Session, progress: Progress) -> None:
             progress.step,
             {stem: entries, OPTIMIZER: moments},
             {"progress": attrs.asdict(progress)},
-            documents=documents(run.built, run.recipe.model.id),
+            documents=documents(run.built, run.recipe.model.id, run.context.tokenizer),
             keep=run.recipe.save.keep,
             best=progress.best_step or None,
             writer=run.world.first,
@@ -136,9 +150,9 @@ def export(run: Session, progress: Progress, tokenizer: Any) -> Path:
         dtype = getattr(torch, run.recipe.model.dtype)
         tensors = Tensors(source / f"{MODEL}.safetensors")
         write_weights(work, [_cast(tensors, name, dtype) for name in tensors])
-        run.policy.config.dtype = run.recipe.model.dtype
-        run.policy.config.architectures = [type(run.policy.scorer.model).__name__]
-        run.policy.config.save_pretrained(work)
+        config = saved_config(run.built, tokenizer)
+        config.dtype = run.recipe.model.dtype
+        config.save_pretrained(work)
     tokenizer.save_pretrained(work)
     shutil.rmtree(target, ignore_errors=True)
     work.rename(target)

@@ -18,7 +18,7 @@ from ft.train import optim
 from ft.train.guard import GradientCheck, Watch
 from ft.train.log import Log
 from ft.train.session import Session
-from ft.types import Context
+from ft.types import Context, asked
 
 Say = Callable[[str], None]
 
@@ -58,7 +58,7 @@ def rows_of(recipe: Recipe, tokenizer: Any, say: Say) -> tuple[Prepared, Prepare
 
 def config_of(recipe: Recipe, folder: ModelFolder | None, *, vocab: int) -> Any:
     """The config to build."""
-    return plan_config(recipe.model, folder, vocab=vocab)
+    return plan_config(recipe.model, folder, vocab=vocab, asks=asked(recipe.method))
 
 
 def fetch(recipe: Recipe, config: Any, folder: ModelFolder | None, *, ranks: int) -> ModelFolder | None:
@@ -139,6 +139,7 @@ def session(
         parallel=recipe.parallel,
         seed=recipe.seed,
         say=log.notice,
+        asks=asked(recipe.method),
     )
     parameters = optim.trained(built.policy.scorer.model)
     place = run_folder(recipe)
