@@ -213,7 +213,7 @@ def oddities(data: Prepared, tokenizer: Any, recipe: Recipe) -> list[str]:
             "every token of every row is trained: right for plain text; in chats the model also learns to write the "
             "users' turns (see data.mask)"
         )
-    if report.eos_trained == 0:
+    if report.eos_trained == 0 and asked(recipe.method).head == "lm":
         found.append(
             f"the end-of-sequence token {tokenizer.eos_token!r} is trained in no row: the model does not learn to stop "
             "(see data.end_of_turn and data.append_eos; a chat template may end turns with another token)"

@@ -2,7 +2,8 @@
 
 Rows are {"messages": [user, assistant], "answer": ...}; the same seed makes the same rows, and held-out rows are
 those of another seed whose questions do not occur among the first. The task `pairs` makes sums with a right and a
-wrong answer, {"prompt": [user], "chosen": [assistant], "rejected": [assistant]}, and `text` makes plain text.
+wrong answer, {"prompt": [user], "chosen": [assistant], "rejected": [assistant]}, `steps` makes longer sums worked out
+step by step, {"prompt": [user], "completions": [step], "labels": [right so far]}, and `text` makes plain text.
 """
 
 from __future__ import annotations
@@ -67,6 +68,23 @@ def pairs(seed: int) -> Iterator[dict[str, Any]]:
         yield {"prompt": [user], "chosen": [right], "rejected": [wrong], "task": row["task"]}
 
 
+def steps(seed: int) -> Iterator[dict[str, Any]]:
+    """Sums of three to five numbers, one addition a step; in half of them a step slips, and all after it are wrong."""
+    rng = random.Random(seed)
+    while True:
+        total, *numbers = (rng.randint(1, 99) for _ in range(rng.randint(3, 5)))
+        asked = " + ".join(map(str, (total, *numbers)))
+        slip = rng.choice((None, rng.randrange(len(numbers))))
+        worked, labels = [], []
+        for i, number in enumerate(numbers):
+            found = total + number + (rng.choice((-10, -2, -1, 1, 2, 10)) if i == slip else 0)
+            worked.append(f"{total} + {number} = {found}")
+            labels.append(slip is None or i < slip)
+            total = found
+        user = {"role": "user", "content": f"What is {asked}? Add one number at a time."}
+        yield {"prompt": [user], "completions": worked, "labels": labels, "task": "steps"}
+
+
 def question(row: dict[str, Any]) -> str:
     """What the row asks first."""
     return (row["prompt"] if "prompt" in row else row["messages"])[0]["content"]
@@ -80,7 +98,7 @@ def texts(seed: int) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=[*TASKS, "mixed", "pairs", "text"])
+    parser.add_argument("task", choices=[*TASKS, "mixed", "pairs", "steps", "text"])
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out-from", type=Path, help="leave out questions that occur in this file")
@@ -93,6 +111,7 @@ def main() -> None:
     made = {
         "mixed": lambda: mixed(args.rows, args.seed),
         "pairs": lambda: pairs(args.seed),
+        "steps": lambda: steps(args.seed),
         "text": lambda: texts(args.seed),
     }
     source = made.get(args.task, lambda: rows(args.task, args.seed))()
