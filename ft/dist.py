@@ -94,6 +94,13 @@ def reduce_tree(
     return dict(zip(names, flat.unbind(), strict=True))
 
 
+def sum_over_ranks(t: Tensor, world: World) -> Tensor:
+    """The sum of a tensor that has one shape on all ranks; ``t`` is overwritten."""
+    if world.size > 1:
+        c10d.all_reduce(t)
+    return t
+
+
 def any_rank(flag: bool, world: World) -> bool:
     """True on every rank where it is True on one. Waits for the others."""
     if world.size == 1:

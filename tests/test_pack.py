@@ -39,7 +39,7 @@ def test_collate_by_hand():
     assert batch.unit_S.tolist() == [0, 1, 0]
     assert batch.group_S.tolist() == [3, -1, -1]
     assert batch.sources == ("a:1", "a:2", "a:3")
-    assert batch.old_logp_T is batch.adv_T is batch.ce_T is batch.label_S is batch.margin_S is None
+    assert batch.sampled_logp_T is batch.adv_T is batch.ce_T is batch.label_S is batch.margin_S is None
     assert batch.cu_S1.dtype == torch.int32 and batch.mask_T.dtype == torch.bool
     for name in ("input_T", "target_T", "pos_T", "seq_T", "trained_N", "unit_S", "group_S"):
         assert getattr(batch, name).dtype == torch.int64, name
@@ -47,10 +47,10 @@ def test_collate_by_hand():
 
 
 def test_streams_are_shifted_like_the_mask():
-    a = example([5, 6, 7], [1, 1, 0], old_logp_L=[0, -1, -2], adv_L=[9, 1, 2], ce_L=[9, 0.5, 2], label=1, margin=0.5)
-    b = example([8, 9], old_logp_L=[0, -3], adv_L=[9, 3], ce_L=[9, 0.25], label=0, margin=1.5)
+    a = example([5, 6, 7], [1, 1, 0], sampled_logp_L=[0, -1, -2], adv_L=[9, 1, 2], ce_L=[9, 0.5, 2], label=1, margin=0.5)
+    b = example([8, 9], sampled_logp_L=[0, -3], adv_L=[9, 3], ce_L=[9, 0.25], label=0, margin=1.5)
     batch = collate([a, b])
-    assert batch.old_logp_T is not None and batch.old_logp_T.tolist() == [-1, -2, -3]
+    assert batch.sampled_logp_T is not None and batch.sampled_logp_T.tolist() == [-1, -2, -3]
     assert batch.adv_T is not None and batch.adv_T.tolist() == [1, 2, 3]
     assert batch.ce_T is not None and batch.ce_T.dtype == torch.float32 and batch.ce_T.tolist() == [0.5, 2, 0.25]
     assert batch.label_S is not None and batch.label_S.tolist() == [1, 0]
@@ -58,7 +58,7 @@ def test_streams_are_shifted_like_the_mask():
     assert count(batch).ce_tokens == 0.75  # the 2 stands where nothing is trained
 
 
-@pytest.mark.parametrize("field", ["old_logp_L", "adv_L", "ce_L", "label", "margin"])
+@pytest.mark.parametrize("field", ["sampled_logp_L", "adv_L", "ce_L", "label", "margin"])
 def test_a_field_of_only_some_examples_is_an_error(field):
     value = 1.0 if field in ("label", "margin") else np.zeros(3, np.float32)
     with pytest.raises(DataError, match=f"b:2.*{field} is missing in 1 of the 2"):

@@ -1,0 +1,240 @@
+"""Sampling from the model in training, in its own process: batched, with a KV cache, finished rows leave early.
+
+Shapes: P prompts, n answers of each, B rows, L new tokens, W width of padded prompts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import field, frozen
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from ft import dist
+from ft.dist import World
+from ft.models.policy import Policy
+from ft.recipe.parts import Sampling
+from ft.rollout.sampling import draws, pick
+from ft.types import Example, Rollout
+
+
+@frozen(kw_only=True, eq=False)
+class EmbeddedSampler:
+    """Implements ``ft.types.Sampler``. What it samples depends on seed, step and prompt, not on ranks or batches.
+
+    (But for the last bits of a forward, in which a batch's shape shows.)
+    """
+
+    policy: Policy
+    world: World
+    sampling: Sampling
+    stop: frozenset[int] = field(converter=frozenset)
+    rows: int  # at a time
+    seed: int
+
+    def sync(self, step: int) -> None:
+        """Nothing to do: it is the model in training."""
+
+    def rollout(self, prompts: Sequence[Example], n: int, step: int) -> list[list[Rollout]]:
+        """``n`` answers to each prompt, the same on every rank; called by all of them."""
+        per = max(1, self.rows // n)
+        mine = list(range(self.world.rank, len(prompts), self.world.size))
+        share = -(-len(prompts) // self.world.size)
+        found: list[list[_Answer]] = [[] for _ in prompts]
+        with _generating(self.policy):
+            for start in range(0, share, per):
+                chosen = mine[start : start + per]
+                names = [(step, p, k) for p in chosen for k in range(n)]
+                answers = self._answers([prompts[p].tokens_L for p in chosen], n, names)
+                for i, p in enumerate(chosen):
+                    found[p] = answers[i * n : (i + 1) * n]
+        found = _from_all_ranks(found, n, self.world)
+        return [
+            [_rollout(prompt, answer, step) for answer in group] for prompt, group in zip(prompts, found, strict=True)
+        ]
+
+    def _answers(self, prompts: Sequence[np.ndarray], n: int, names: list[tuple[int, ...]]) -> list[_Answer]:
+        """A rank without prompts goes along with one token, so that all forward equally often."""
+        idle = not prompts
+        prompts, names = (prompts, names) if not idle else ([np.zeros(1, np.int32)], [(0,)] * n)
+        u_BL = None if self.sampling.greedy else draws(self.seed, names, self.sampling.max_tokens)
+        answers = continue_all(
+            self.policy.scorer.model, prompts, n, u_BL,
+            sampling=self.sampling, stop=self.stop, world=self.world, idle=idle,
+        )  # fmt: skip
+        return [] if idle else answers
+
+
+@frozen
+class _Answer:
+    tokens_L: np.ndarray
+    logp_L: np.ndarray
+    stopped: bool
+
+
+def _rollout(prompt: Example, answer: _Answer, step: int) -> Rollout:
+    return Rollout(
+        prompt=prompt,
+        tokens_L=answer.tokens_L,
+        logp_L=answer.logp_L,
+        finish="stop" if answer.stopped else "length",
+        policy_step=step,
+    )
+
+
+@contextmanager
+def _generating(policy: Policy) -> Iterator[None]:
+    """No dropout, the model's own attention, and what the root shares gathered."""
+    scorer = policy.scorer
+    training = scorer.training
+    scorer.eval()
+    scorer.use_attention(scorer.own_attention)
+    if isinstance(scorer, FSDPModule):
+        scorer.unshard()
+    try:
+        yield
+    finally:
+        if isinstance(scorer, FSDPModule):
+            scorer.reshard()
+        scorer.train(training)
+
+
+@torch.no_grad()
+def continue_all(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    n: int,
+    u_BL: Tensor | None,
+    *,
+    sampling: Sampling,
+    stop: Iterable[int],
+    world: World | None = None,
+    idle: bool = False,
+) -> list[_Answer]:
+    """``n`` answers to each of P prompts, in order; row p * n + k is answer k of prompt p.
+
+    Args:
+        u_BL: uniform numbers that decide each token; None takes the likeliest.
+        world: ranks that forward in step with this one; None: nobody.
+        idle: what comes out is of no interest.
+    """
+    ids_PW, mask_PW = _padded(prompts, next(model.parameters()).device)
+    B, L, device = len(prompts) * n, sampling.max_tokens, ids_PW.device
+    ends, u_BL = torch.tensor(sorted(stop), device=device), None if u_BL is None else u_BL.to(device)
+    token_BL, logp_BL = torch.zeros(B, L, dtype=torch.int64, device=device), torch.zeros(B, L, device=device)
+    row_B, done_B = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+    mask_BW, state, written = mask_PW.repeat_interleave(n, 0), _prefill(model, ids_PW, mask_PW, n), 0
+    while True:
+        token_B, logp_B = pick(state.logits_BV, None if u_BL is None else u_BL[row_B, written], sampling)
+        token_BL[row_B, written], logp_BL[row_B, written] = token_B, logp_B
+        done_B, written = done_B | torch.isin(token_B, ends), written + 1
+        left = int((~done_B).sum())
+        if written == L or not _anyone(left > 0 and not idle, world):
+            return _cut(token_BL[:, :written], logp_BL, ends)
+        if 0 < left < len(done_B) and state.can_shrink:
+            going = (~done_B).nonzero()[:, 0]
+            state.cache.batch_select_indices(going)
+            row_B, done_B, token_B, mask_BW = row_B[going], done_B[going], token_B[going], mask_BW[going]
+        mask_BW = torch.cat([mask_BW, mask_BW.new_ones(len(mask_BW), 1)], 1)
+        state = _decode(model, token_B, mask_BW, state)
+
+
+@frozen(eq=False)
+class _State:
+    cache: Any
+    logits_BV: Tensor
+    can_shrink: bool  # finished rows can be taken out of the cache
+
+
+def _prefill(model: Any, ids_PW: Tensor, mask_PW: Tensor, n: int) -> _State:
+    """Each prompt once where the cache can be repeated, else once for each answer."""
+    from transformers import DynamicCache
+
+    def forward(ids: Tensor, mask: Tensor) -> Any:
+        position = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=model.config)
+        return model(
+            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+
+    out = forward(ids_PW, mask_PW)
+    layers = out.past_key_values.layers
+    flexible = all(
+        hasattr(layer, "batch_repeat_interleave") and hasattr(layer, "batch_select_indices") for layer in layers
+    )
+    if flexible:
+        out.past_key_values.batch_repeat_interleave(n)
+        logits_BV = out.logits[:, -1].repeat_interleave(n, 0)
+    else:
+        out = forward(ids_PW.repeat_interleave(n, 0), mask_PW.repeat_interleave(n, 0))
+        logits_BV = out.logits[:, -1]
+    return _State(out.past_key_values, logits_BV, flexible)
+
+
+def _decode(model: Any, token_B: Tensor, mask_BW: Tensor, state: _State) -> _State:
+    out = model(
+        input_ids=token_B[:, None],
+        attention_mask=mask_BW,
+        position_ids=mask_BW.sum(-1, keepdim=True) - 1,
+        past_key_values=state.cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return _State(out.past_key_values, out.logits[:, -1], state.can_shrink)
+
+
+def _padded(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts flush right, and which positions are theirs."""
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _anyone(going: bool, world: World | None) -> bool:
+    return going if world is None else dist.any_rank(going, world)
+
+
+def _cut(token_BL: Tensor, logp_BL: Tensor, ends: Tensor) -> list[_Answer]:
+    """Each row up to and with the first token that ends it."""
+    is_end_BL = torch.isin(token_BL, ends).cpu().numpy()
+    tokens, logps = token_BL.cpu().numpy().astype(np.int32), logp_BL.cpu().numpy()
+    stopped: Any = is_end_BL.any(1)
+    sizes = np.where(stopped, is_end_BL.argmax(1) + 1, tokens.shape[1])
+    return [
+        _Answer(row[:size], logp[:size], bool(ended))
+        for row, logp, size, ended in zip(tokens, logps, sizes, stopped, strict=True)
+    ]
+
+
+def _from_all_ranks(found: list[list[_Answer]], n: int, world: World) -> list[list[_Answer]]:
+    """The answers of every rank on every rank: each fills in its own rows of one table, which is summed."""
+    if world.size == 1:
+        return found
+    flat = [answer for group in found for answer in (group or [None] * n)]
+    longest = int(dist.reduce_tree({"L": max((len(a.tokens_L) for a in flat if a), default=0)}, world, "max")["L"])
+    table = torch.zeros(len(flat), 2 * longest + 2, dtype=torch.float64, device=world.device)
+    for row, answer in zip(table, flat, strict=True):
+        if answer is not None:
+            size = len(answer.tokens_L)
+            row[0], row[1] = size, answer.stopped
+            row[2 : 2 + size] = torch.from_numpy(answer.tokens_L.astype(np.float64))
+            row[2 + longest : 2 + longest + size] = torch.from_numpy(answer.logp_L.astype(np.float64))
+    summed = dist.sum_over_ranks(table, world).cpu().numpy()
+    every = [_read(row, longest) for row in summed]
+    return [every[p * n : (p + 1) * n] for p in range(len(found))]
+
+
+def _read(row: np.ndarray, longest: int) -> _Answer:
+    size = int(row[0])
+    tokens_L = row[2 : 2 + size].astype(np.int32)
+    return _Answer(tokens_L, row[2 + longest : 2 + longest + size].astype(np.float32), bool(row[1]))

@@ -1,0 +1,63 @@
+"""Drawing tokens: which one, and how likely it was, as it was drawn. Shapes: B rows, V vocabulary, L new tokens."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from ft.recipe.parts import Sampling
+
+
+def draws(seed: int, names: list[tuple[int, ...]], length: int) -> Tensor:
+    """u_BL: uniform numbers in [0, 1) of each row. A row's depend on ``seed`` and its name alone, whoever draws it."""
+    return torch.stack([_of_row(seed, name, length) for name in names])
+
+
+def _of_row(seed: int, name: tuple[int, ...], length: int) -> Tensor:
+    digest = hashlib.blake2b(repr((seed, *name)).encode(), digest_size=7).digest()
+    return torch.rand(length, generator=torch.Generator().manual_seed(int.from_bytes(digest, "little")))
+
+
+def pick(logits_BV: Tensor, u_B: Tensor | None, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(token_B, logp_B): the next tokens and their log-probs under the distribution they were drawn from.
+
+    softmax(logits / temperature), what top-k, top-p and min-p leave of it normalised anew. Without ``u_B`` the
+    likeliest token is taken, and its log-prob is that of the same distribution.
+    """
+    logp_BV = (logits_BV.float() / sampling.temperature).log_softmax(-1)
+    logp_BV = truncate(logp_BV, sampling)
+    token_B = logp_BV.argmax(-1) if u_B is None else _invert(logp_BV, u_B)
+    return token_B, logp_BV.gather(-1, token_B[:, None])[:, 0]
+
+
+def truncate(logp_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Log-probs of the truncated distribution: -inf where a token may not be drawn."""
+    if not sampling.truncates:
+        return logp_BV
+    if sampling.top_k and sampling.top_k < logp_BV.shape[-1]:
+        floor_B1 = logp_BV.topk(sampling.top_k).values[:, -1:]
+        logp_BV = logp_BV.masked_fill(logp_BV < floor_B1, -torch.inf)
+    if sampling.min_p:
+        floor_B1 = logp_BV.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log()
+        logp_BV = logp_BV.masked_fill(logp_BV < floor_B1, -torch.inf)
+    if sampling.top_p < 1:
+        logp_BV = _nucleus(logp_BV, sampling.top_p)
+    return logp_BV.log_softmax(-1)
+
+
+def _nucleus(logp_BV: Tensor, share: float) -> Tensor:
+    """The likeliest tokens whose probabilities first reach ``share``; at least one."""
+    sorted_BV, order_BV = logp_BV.log_softmax(-1).sort(dim=-1, descending=True)
+    before_BV = sorted_BV.exp().cumsum(-1) - sorted_BV.exp()
+    drop_BV = torch.zeros_like(order_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= share)
+    return logp_BV.masked_fill(drop_BV, -torch.inf)
+
+
+def _invert(logp_BV: Tensor, u_B: Tensor) -> Tensor:
+    """The first token at which the running sum of probabilities exceeds u times the total."""
+    running_BV = logp_BV.double().exp().cumsum(-1)
+    wanted_B1 = u_B.to(running_BV)[:, None] * running_BV[:, -1:]
+    token_B = torch.searchsorted(running_BV, wanted_B1, right=True)[:, 0]
+    return token_B.clamp(max=logp_BV.shape[-1] - 1)
