@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
+import torch
 from attrs import field, frozen
 from torch import Tensor
 
@@ -59,6 +61,11 @@ def interpreted() -> bool:
 def usable(*tensors: Tensor | None) -> bool:
     """Whether Triton kernels can work on these tensors."""
     return installed() and (interpreted() or all(t.device.type == "cuda" for t in tensors if t is not None))
+
+
+def device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's GPU the current one: Triton launches there, whatever it is given."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def check(impl: str, *tensors: Tensor | None) -> Literal["torch", "triton"]:

@@ -2,7 +2,9 @@
 
 from ft.kernels.nf4.bnb import from_bnb, to_bnb
 from ft.kernels.nf4.format import BLOCKS, NF4Tensor, dynamic_map, nbytes, nf4_code
-from ft.kernels.nf4.reference import dequantise, dequantise_rows, linear, quantise, slice_rows
+from ft.kernels.nf4.ops import dequantise, dequantise_rows, quantise
+from ft.kernels.nf4.product import linear
+from ft.kernels.nf4.reference import slice_rows
 
 __all__ = [
     "BLOCKS",

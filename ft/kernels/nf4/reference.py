@@ -1,4 +1,4 @@
-"""Quantise, dequantise and multiply, in plain torch, piece by piece so that temporaries stay at a few MB.
+"""Quantise and dequantise in plain torch, piece by piece so that temporaries stay at a few MB.
 
 Bit-exactness: everything is computed in float32 in the order bitsandbytes computes it. Shapes: B blocks of a piece,
 R rows of dimension 0.
@@ -7,8 +7,8 @@ R rows of dimension 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,27 +30,14 @@ def _piece(device: torch.device) -> int:
 # ---- quantise -------------------------------------------------------------------------------------------------------
 
 
+Codes = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
 @torch.no_grad()
-def quantise(w: Tensor, *, block: int = 64, double: bool = True) -> NF4Tensor:
-    """Round each value to the nearest of 16, relative to the largest magnitude in its block of ``block``.
-
-    ``double`` stores the blocks' scales in 8 bits, after taking off their mean. Ties go to the smaller code. A last,
-    partial block divides by its scale, where whole blocks multiply by its reciprocal: so does bitsandbytes.
-
-    Raises:
-        ModelError: an unknown block size or type, no values, or a value that is not finite.
-    """
+def quantise(w: Tensor, *, block: int = 64, double: bool = True, codes: Codes | None = None) -> NF4Tensor:
+    """As ``ops.quantise``; ``codes(w, block)`` may be another way to make codes and absmax."""
     _check(w, block)
-    flat = w.reshape(-1)
-    n, piece = flat.numel(), _piece(w.device)
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(-(-n // block), dtype=torch.float32, device=w.device)
-    for start in range(0, n, piece):
-        x = flat[start : start + piece].float()
-        scaled, absmax_B = _scale(x, block)
-        absmax[start // block :][: len(absmax_B)] = absmax_B
-        codes = _codes(scaled)
-        packed[start // 2 :][: len(codes) // 2] = _pack(codes)
+    packed, absmax = (codes or _all_codes)(w, block)
     absmax2 = offset = None
     if double:
         offset = absmax.mean()
@@ -64,6 +51,27 @@ def quantise(w: Tensor, *, block: int = 64, double: bool = True) -> NF4Tensor:
         dtype=w.dtype,
         block=block,
     )
+
+
+def check_finite(absmax_B: Tensor) -> None:
+    if not absmax_B.isfinite().all():
+        raise ModelError("a weight holds NaN or infinity, and cannot be quantised", fix="check the model's files")
+
+
+def _all_codes(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(packed codes, float32 absmax of each block)"""
+    flat = w.reshape(-1)
+    n, piece = flat.numel(), _piece(w.device)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(-(-n // block), dtype=torch.float32, device=w.device)
+    for start in range(0, n, piece):
+        x = flat[start : start + piece].float()
+        scaled, absmax_B = _scale(x, block)
+        check_finite(absmax_B)  # before codes are looked up by values that depend on it
+        absmax[start // block :][: len(absmax_B)] = absmax_B
+        codes = _codes(scaled)
+        packed[start // 2 :][: len(codes) // 2] = _pack(codes)
+    return packed, absmax
 
 
 def _check(w: Tensor, block: int) -> None:
@@ -85,8 +93,6 @@ def _scale(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
         last = x[full:].abs().max().clamp(min=_TINY)
         absmax_B = torch.cat([absmax_B, last[None]])
         scaled = F.pad(torch.cat([scaled, x[full:] / last]), (0, len(x) % 2))
-    if not absmax_B.isfinite().all():
-        raise ModelError("a weight holds NaN or infinity, and cannot be quantised", fix="check the model's files")
     return scaled, absmax_B
 
 
@@ -163,22 +169,34 @@ def _dynamic_grid(device: torch.device) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def dequantise(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The dense weight: code times scale in float32, rounded to ``q.dtype``, then converted to ``dtype`` if given."""
-    n, piece = numel(q), _piece(q.packed.device)
-    out = torch.empty(n, dtype=q.dtype, device=q.packed.device)
+    n, device = numel(q), q.packed.device
+    out = torch.empty(n, dtype=q.dtype, device=device)
+    piece = max(2, min(_piece(device) // 2, n + n % 2))  # half of quantise's: what a piece needs stays in the cache
+    index = torch.empty(piece // 2, dtype=torch.int32, device=device)
+    # float32 values are made in their place, unless a last byte holds a value too many.
+    values = None if q.dtype == torch.float32 and n % 2 == 0 else torch.empty(piece, device=device)
     for start in range(0, n, piece):
         stop = min(start + piece, n)
-        scale_B = _scales(q, start // q.block, -(-stop // q.block))
-        _fill(out[start:stop], q.packed[start // 2 : -(-stop // 2)], scale_B, q.block)
+        to = out[start:stop]
+        into = to if values is None else values[: len(to) + len(to) % 2]
+        _lookup(q.packed[start // 2 : -(-stop // 2)], index, into)
+        _multiply(into, _scales(q, start // q.block, -(-stop // q.block)), q.block)
+        if values is not None:
+            to.copy_(into[: len(to)])
     return out.view(q.shape).to(dtype or q.dtype)
 
 
-def _fill(out: Tensor, packed: Tensor, scale_B: Tensor, block: int) -> None:
-    values = _pairs(out.device).index_select(0, packed.int()).view(torch.float32)
-    full = len(out) - len(out) % block
-    values[:full].view(-1, block).mul_(scale_B[: full // block, None])
-    if full < len(out):
-        values[full:].mul_(scale_B[-1])
-    out.copy_(values[: len(out)])
+def _lookup(packed: Tensor, index: Tensor, out: Tensor) -> None:
+    """The float32 values of all bytes' two codes, into ``out``; ``index`` is scratch."""
+    index = index[: len(packed)].copy_(packed)
+    torch.index_select(_pairs(packed.device), 0, index, out=out.view(torch.float64))
+
+
+def _multiply(values: Tensor, scale_B: Tensor, block: int) -> None:
+    full = len(values) // block
+    values[: full * block].view(-1, block).mul_(scale_B[:full, None])
+    if full * block < len(values):
+        values[full * block :].mul_(scale_B[-1])
 
 
 @cache
@@ -217,7 +235,7 @@ def slice_rows(q: NF4Tensor, start: int, stop: int) -> NF4Tensor:
     Raises:
         ModelError: a row is not a whole number of blocks, or there are no such rows.
     """
-    row = _row(q)
+    row = row_size(q)
     if not 0 <= start <= stop <= q.shape[0]:
         raise ModelError("no such rows", expected=f"0 <= start <= stop <= {q.shape[0]}", got=f"{start}:{stop}")
     return NF4Tensor(
@@ -231,12 +249,8 @@ def slice_rows(q: NF4Tensor, start: int, stop: int) -> NF4Tensor:
 
 @torch.no_grad()
 def dequantise_rows(q: NF4Tensor, index_R: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Dense rows ``index_R`` (int64) of dimension 0, such as the experts that received tokens; (R, *q.shape[1:]).
-
-    Raises:
-        ModelError: a row is not a whole number of blocks.
-    """
-    row = _row(q)
+    """As ``ops.dequantise_rows``."""
+    row = row_size(q)
     blocks = row // q.block
     index_B = (index_R[:, None] * blocks + torch.arange(blocks, device=index_R.device)).view(-1)
     chosen = NF4Tensor(
@@ -249,7 +263,7 @@ def dequantise_rows(q: NF4Tensor, index_R: Tensor, dtype: torch.dtype | None = N
     return dequantise(chosen, dtype)
 
 
-def _row(q: NF4Tensor) -> int:
+def row_size(q: NF4Tensor) -> int:
     """Values in one row of dimension 0, which must be a whole number of blocks."""
     row = math.prod(q.shape[1:])
     if not q.shape or row % q.block:
@@ -260,36 +274,3 @@ def _row(q: NF4Tensor) -> int:
             fix="quantise each row on its own, or choose a block size that divides the row",
         )
     return row
-
-
-# ---- multiply -------------------------------------------------------------------------------------------------------
-
-
-class _Linear(torch.autograd.Function):
-    """Keeps the 4-bit weight for backward and dequantises it again there."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, q: NF4Tensor) -> Tensor:
-        ctx.save_for_backward(q.packed, q.absmax, q.absmax2, q.offset)
-        ctx.rest = {"shape": q.shape, "dtype": q.dtype, "block": q.block}
-        return F.linear(x, dequantise(q, x.dtype), bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        packed, absmax, absmax2, offset = ctx.saved_tensors
-        q = NF4Tensor(packed=packed, absmax=absmax, absmax2=absmax2, offset=offset, **ctx.rest)
-        grad_x = grad_y @ dequantise(q, grad_y.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_bias, None
-
-
-def linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ dequantise(q).T + bias`` in x's type (autocast's, where it is on), with gradients to ``x`` and ``bias``.
-
-    The dense weight exists only while it is multiplied, in forward and again in backward.
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    return _Linear.apply(x, bias, q)  # type: ignore[no-any-return]
