@@ -33,14 +33,16 @@ class Example:
     source: str = ""
     unit: int | None = None
     group: int | None = None
-    old_logp_L: np.ndarray | None = None  # float32, the behaviour policy's
+    sampled_logp_L: np.ndarray | None = None  # float32, the sampler's when it drew the tokens
     ref_logp_L: np.ndarray | None = None  # float32, the reference's where it is known beforehand
     adv_L: np.ndarray | None = None  # float32
     ce_L: np.ndarray | None = None  # float32, weight of a cross-entropy term
     label: float | None = None
     label_L: np.ndarray | None = None  # float32, a judgement of each token that mask_L marks (process rewards)
     margin: float | None = None
+    shared: int = 0  # positions before the first that are forwarded once for the unit (ft.data.share)
     against: Example | None = None  # this prompt with an answer that belongs to another one (KTO)
+    columns: Mapping[str, Any] | None = None  # of a prompt's row: what its answers are judged by
 
     def __len__(self) -> int:
         return len(self.tokens_L)
@@ -57,7 +59,7 @@ class Batch:
 
     input_T: Tensor  # int64
     target_T: Tensor  # int64
-    pos_T: Tensor  # int64, restarts at 0 in each sequence
+    pos_T: Tensor  # int64, begins anew in each sequence: at 0, or at what it shares
     seq_T: Tensor  # int64
     cu_S1: Tensor  # int32
     mask_T: Tensor  # bool
@@ -65,8 +67,10 @@ class Batch:
     lengths: tuple[int, ...]  # per sequence, host side: what cu_S1 says, without asking the device
     unit_S: Tensor  # int64
     group_S: Tensor  # int64, -1 where there is none
+    shared: tuple[int, ...] = ()  # per sequence: how much of the last one before that shares nothing it begins with
     sources: tuple[str, ...] = ()
-    old_logp_T: Tensor | None = None
+    sampled_logp_T: Tensor | None = None
+    old_logp_T: Tensor | None = None  # of the policy that the step began with; None: the policy as it is
     ref_logp_T: Tensor | None = None
     ref_hidden_ND: Tensor | None = None  # the reference's last hidden states at trained_N, as wide as its own model
     adv_T: Tensor | None = None
@@ -178,12 +182,16 @@ class Context:
     seed: int
     tokenizer: Any = None
     sampler: Sampler | None = None
+    judge: Judge | None = None
+    note: Callable[[Mapping[str, float]], None] = lambda numbers: None
+    """Takes numbers of a step's examples, to be logged beside the loss's."""
 
 
 @frozen(kw_only=True)
 class Asks:
     """What a method wants of the policy beyond log-probs; a method says it in an attribute ``asks``."""
 
+    rows: Literal["answers", "prompts"] = "answers"  # what is read: rows to learn from, or prompts to be answered
     head: Literal["lm", "score", "steps"] = "lm"  # what stands on the trunk: the vocabulary, or scores to be trained
     classes: int = 1  # scores per position
     entropy: bool = False
@@ -218,7 +226,20 @@ def asked(method: Method) -> Asks:
 
 
 class Sampler(Protocol):
-    """Where completions come from: tokens in, tokens out."""
+    """Where completions come from: tokens in, tokens out. Every rank calls it, and gets the same."""
 
-    def sync(self, policy: Any, step: int) -> None: ...
-    def rollout(self, prompts: Sequence[Example], n: int, step: int) -> list[list[Rollout]]: ...
+    def sync(self, step: int) -> None:
+        """Let it sample from the policy as it stands after ``step`` optimizer steps."""
+        ...
+
+    def rollout(self, prompts: Sequence[Example], n: int, step: int) -> list[list[Rollout]]:
+        """``n`` completions of each prompt; a function of the seed, ``step`` and the prompts where it can be."""
+        ...
+
+
+class Judge(Protocol):
+    """What says how good completions are."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The same rollouts with ``text``, ``reward`` and ``parts``. A reward of None: not to be trained on."""
+        ...

@@ -172,12 +172,13 @@ def collate(pack: Sequence[Example]) -> Batch:
     if not pack:
         return _filler()
     lengths = np.array([len(example) - 1 for example in pack], np.int64)
+    shared = np.array([example.shared for example in pack], np.int64)
     cu_S1 = np.concatenate(([0], np.cumsum(lengths)))
     mask_T = _join(pack, lambda e: e.mask_L[1:], np.bool_)
     return Batch(
         input_T=torch.from_numpy(_join(pack, lambda e: e.tokens_L[:-1], np.int64)),
         target_T=torch.from_numpy(_join(pack, lambda e: e.tokens_L[1:], np.int64)),
-        pos_T=torch.from_numpy(np.arange(cu_S1[-1]) - np.repeat(cu_S1[:-1], lengths)),
+        pos_T=torch.from_numpy(np.arange(cu_S1[-1]) - np.repeat(cu_S1[:-1] - shared, lengths)),
         seq_T=torch.from_numpy(np.repeat(np.arange(len(pack)), lengths)),
         cu_S1=torch.from_numpy(cu_S1.astype(np.int32)),
         mask_T=torch.from_numpy(mask_T),
@@ -185,8 +186,9 @@ def collate(pack: Sequence[Example]) -> Batch:
         lengths=tuple(lengths.tolist()),
         unit_S=torch.tensor(_unit_ids(pack), dtype=torch.int64),
         group_S=torch.tensor([-1 if e.group is None else e.group for e in pack], dtype=torch.int64),
+        shared=tuple(shared.tolist()) if shared.any() else (),
         sources=tuple(e.source for e in pack),
-        old_logp_T=_stream(pack, "old_logp_L"),
+        sampled_logp_T=_stream(pack, "sampled_logp_L"),
         ref_logp_T=_stream(pack, "ref_logp_L"),
         adv_T=_stream(pack, "adv_L"),
         ce_T=_stream(pack, "ce_L"),

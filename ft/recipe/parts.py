@@ -305,6 +305,37 @@ class Reference:
 
 
 @frozen(kw_only=True)
+class Sampling:
+    """How answers are drawn. Their log-probs are those of the distribution drawn from, whatever it is."""
+
+    max_tokens: int = field(default=256, validator=_positive)
+    """Most tokens of an answer; one that reaches it is cut off there."""
+    temperature: float = field(default=1.0, validator=_positive)
+    """Logits are divided by it, in training as well."""
+    top_p: float = field(default=1.0, validator=validators.and_(validators.gt(0.0), validators.le(1.0)))
+    """Draw only from the likeliest tokens that reach this probability together."""
+    top_k: int = field(default=0, validator=_natural)
+    """Draw only from this many; 0 draws from all."""
+    min_p: float = field(default=0.0, validator=_share)
+    """Draw only tokens at least this likely in proportion to the likeliest."""
+    greedy: bool = False
+    """Take the likeliest token instead of drawing one."""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are never drawn, so that log-probs are not the policy's own."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+@frozen(kw_only=True)
+class Embedded:
+    """Answers are sampled from the model in training, in its own process."""
+
+    rows: int = field(default=64, validator=_positive)
+    """Answers sampled at a time on each rank."""
+
+
+@frozen(kw_only=True)
 class Recipe:
     """A whole run."""
 

@@ -5,18 +5,17 @@ Shapes: P prompts, n answers of each, B rows, L new tokens, W width of padded pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from attrs import field, frozen
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from ft import dist
 from ft.dist import World
+from ft.models.generating import generating
 from ft.models.policy import Policy
 from ft.recipe.parts import Sampling
 from ft.rollout.sampling import draws, pick
@@ -46,7 +45,7 @@ class EmbeddedSampler:
         mine = list(range(self.world.rank, len(prompts), self.world.size))
         share = -(-len(prompts) // self.world.size)
         found: list[list[_Answer]] = [[] for _ in prompts]
-        with _generating(self.policy):
+        with generating(self.policy):
             for start in range(0, share, per):
                 chosen = mine[start : start + per]
                 names = [(step, p, k) for p in chosen for k in range(n)]
@@ -85,23 +84,6 @@ def _rollout(prompt: Example, answer: _Answer, step: int) -> Rollout:
         finish="stop" if answer.stopped else "length",
         policy_step=step,
     )
-
-
-@contextmanager
-def _generating(policy: Policy) -> Iterator[None]:
-    """No dropout, the model's own attention, and what the root shares gathered."""
-    scorer = policy.scorer
-    training = scorer.training
-    scorer.eval()
-    scorer.use_attention(scorer.own_attention)
-    if isinstance(scorer, FSDPModule):
-        scorer.unshard()
-    try:
-        yield
-    finally:
-        if isinstance(scorer, FSDPModule):
-            scorer.reshard()
-        scorer.train(training)
 
 
 @torch.no_grad()
