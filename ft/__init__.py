@@ -6,7 +6,7 @@ Importing ``ft`` imports no torch; what needs it (``ft.losses``, ``ft.train``, .
 """
 
 from ft.errors import FtError
-from ft.methods import BCO, CPO, DPO, KTO, ORPO, SFT, Reward, SimPO, Stepwise
+from ft.methods import BCO, CPO, DPO, KTO, ORPO, SFT, Distill, Reward, SimPO, Stepwise
 from ft.recipe import (
     NF4,
     WSD,
@@ -42,6 +42,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "Data",
+    "Distill",
     "Eval",
     "FtError",
     "Linear",

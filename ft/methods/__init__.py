@@ -2,6 +2,7 @@
 
 from ft.methods.bco import BCO
 from ft.methods.cpo import CPO
+from ft.methods.distill import Distill
 from ft.methods.dpo import DPO
 from ft.methods.kto import KTO
 from ft.methods.orpo import ORPO
@@ -10,4 +11,4 @@ from ft.methods.sft import SFT
 from ft.methods.simpo import SimPO
 from ft.methods.stepwise import Stepwise
 
-__all__ = ["BCO", "CPO", "DPO", "KTO", "ORPO", "SFT", "Reward", "SimPO", "Stepwise"]
+__all__ = ["BCO", "CPO", "DPO", "KTO", "ORPO", "SFT", "Distill", "Reward", "SimPO", "Stepwise"]

@@ -9,7 +9,7 @@ from attrs import evolve, field, frozen, validators
 
 from ft import losses
 from ft.methods import rated
-from ft.types import Batch, Context, Counts, Example, LogProbs, LossOutput
+from ft.types import Asks, Batch, Context, Counts, Example, LogProbs, LossOutput
 
 
 @frozen(kw_only=True)
@@ -22,6 +22,8 @@ class BCO:
 
     beta: float = field(default=0.1, validator=validators.gt(0.0))
     """Scale of the rewards."""
+
+    asks = Asks(reference="logps")
 
     def examples(self, step: int, ctx: Context) -> Sequence[Example]:
         return rated.draw(step, ctx)

@@ -9,7 +9,7 @@ from attrs import Attribute, evolve, field, frozen, validators
 
 from ft import losses
 from ft.methods import pairs
-from ft.types import Batch, Context, Counts, Example, LogProbs, LossOutput
+from ft.types import Asks, Batch, Context, Counts, Example, LogProbs, LossOutput
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ def _tau(method: DPO, attribute: Attribute[Any], value: float | None) -> None:
 
 @frozen(kw_only=True)
 class DPO:
-    """Preference losses against a reference, on pairs. The reference is the model with its adapters switched off.
+    """Preference losses against a reference, on pairs. The reference is that of the recipe (``Recipe.reference``).
 
     Formulas and sources: ``ft.losses.pairs``. Averaged over all of a step's pairs on all ranks.
     """
@@ -95,6 +95,8 @@ class DPO:
     """discopop's temperature; None is 0.05."""
     shared_length: float = field(default=1.0, validator=validators.and_(validators.ge(0.0), validators.le(1.0)))
     """LD-DPO: weight of the tokens of an answer beyond the length of the pair's shorter one; 1 is plain DPO."""
+
+    asks = Asks(reference="logps")
 
     def examples(self, step: int, ctx: Context) -> Sequence[Example]:
         return pairs.draw(step, ctx)

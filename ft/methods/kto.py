@@ -9,7 +9,7 @@ from attrs import evolve, field, frozen, validators
 
 from ft import losses
 from ft.methods import rated
-from ft.types import Batch, Context, Counts, Example, LogProbs, LossOutput
+from ft.types import Asks, Batch, Context, Counts, Example, LogProbs, LossOutput
 
 
 @frozen(kw_only=True)
@@ -31,6 +31,8 @@ class KTO:
     """Weight of good answers. desirable x their number should be 1 to 4/3 of undesirable x the bad ones' number."""
     undesirable: float = field(default=1.0, validator=validators.ge(0.0))
     """Weight of bad answers."""
+
+    asks = Asks(reference="logps")
 
     def examples(self, step: int, ctx: Context) -> Sequence[Example]:
         drawn = rated.draw(step, ctx)

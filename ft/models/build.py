@@ -71,7 +71,9 @@ class Structure:
     attached: lora.Attached | None
 
 
-def structure(model: Model, adapter: LoRA | None, config: PretrainedConfig, asks: Asks = _ASKS) -> Structure:
+def structure(
+    model: Model, adapter: LoRA | None, config: PretrainedConfig, asks: Asks = _ASKS, *, trained: bool = True
+) -> Structure:
     """Skeleton, 4-bit storage, adapters, and what is frozen. A head that scores is trained beside adapters too.
 
     Raises:
@@ -79,13 +81,13 @@ def structure(model: Model, adapter: LoRA | None, config: PretrainedConfig, asks
             an adapter on a head that scores.
         ModelError: a target that matches nothing.
     """
-    if adapter is None and model.quant is not None:
+    if adapter is None and trained and model.quant is not None:
         raise RecipeError(
             "quantised weights cannot be trained",
             where="model.quant",
             fix="set model.quant=none, or train adapters: adapter=LoRA(...)",
         )
-    net = load.skeleton(config, model if adapter else evolve(model, dtype="float32"), asks)
+    net = load.skeleton(config, evolve(model, dtype="float32") if adapter is None and trained else model, asks)
     items = quant.plan(net, model.quant) if model.quant else ()
     if model.quant is not None:
         quant.apply(net, items, model.quant)
@@ -101,7 +103,9 @@ def structure(model: Model, adapter: LoRA | None, config: PretrainedConfig, asks
             )
         head.train(net)
         attached = evolve(attached, task=head.TASKS[asks.head])
-    if adapter is None:
+    if not trained:
+        net.requires_grad_(False)
+    elif adapter is None:
         freeze(net, model.frozen)
     return Structure(net=net, items=items, attached=attached)
 
@@ -117,20 +121,21 @@ def build(
     seed: int,
     say: Say,
     asks: Asks = _ASKS,
+    trained: bool = True,
 ) -> Built:
-    """Put the policy together on this rank.
+    """Put the policy together on this rank; or with ``trained`` False, a model of which nothing is trained.
 
     Random weights and fresh adapters are functions of ``seed``, whatever the number of ranks.
 
     Raises:
         RecipeError, ModelError: see ``structure``; weights are missing or left over; no layout keeps sequences apart.
     """
-    made = structure(model, adapter, config, asks)
+    made = structure(model, adapter, config, asks, trained=trained)
     net = made.net
-    if model.checkpointing:
+    if model.checkpointing and trained:
         recompute(net)
-    scorer = Scorer(net, kernels=model.kernels).train()
-    shard(scorer, world, parallel, None if adapter else getattr(torch, model.dtype))
+    scorer = Scorer(net, kernels=model.kernels).train(trained)
+    shard(scorer, world, parallel, getattr(torch, model.dtype) if adapter is None and trained else None)
     if model.tiny or folder is None:
         load.fill_random(scorer, seed, device=world.device)
     else:

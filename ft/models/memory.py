@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import evolve, fields, frozen
@@ -22,6 +22,9 @@ from ft.models import quant, targets
 from ft.models.experts import expert_modules, stack_shape
 from ft.models.load import skeleton, slots
 from ft.recipe.parts import LoRA, Recipe
+
+if TYPE_CHECKING:
+    from ft.models.reference import Second
 
 NORM_BYTES = 16  # per position, width unit and layer: norms and residuals, in float32 and as they come
 TILE = 64 * 2**20  # tiles of logits and their gradients
@@ -35,6 +38,7 @@ class Estimate:
 
     weights: int
     adapters: int
+    reference: int = 0  # held beside the policy
     gradients: int
     optimizer: int
     gathered: int
@@ -47,7 +51,7 @@ class Estimate:
     def peak(self) -> int:
         """The most that is held at one time: while loading, or in a step."""
         step = self.gradients + self.optimizer + self.gathered + self.activations + self.logits
-        return self.weights + self.adapters + max(step, self.loading)
+        return self.weights + self.adapters + self.reference + max(step, self.loading)
 
     def lines(self) -> list[str]:
         """One line per class of bytes, then the peak."""
@@ -64,8 +68,12 @@ def size(n: float) -> str:
     return f"{n:.1f} TB"
 
 
-def estimate(recipe: Recipe, config: Any, *, world: int = 1) -> Estimate:
-    """Estimate a run of ``recipe`` on the model of ``config``, over ``world`` ranks. Nothing is read or allocated."""
+def estimate(recipe: Recipe, config: Any, *, world: int = 1, second: Second | None = None) -> Estimate:
+    """Estimate a run of ``recipe`` on the model of ``config``, over ``world`` ranks. Nothing is read or allocated.
+
+    Args:
+        second: the reference, where it is a model of its own.
+    """
     model, adapter = recipe.model, recipe.adapter
     dtype = model.dtype if adapter is not None else "float32"
     net = skeleton(config, evolve(model, attention="auto", dtype=dtype))
@@ -77,7 +85,7 @@ def estimate(recipe: Recipe, config: Any, *, world: int = 1) -> Estimate:
         quant.apply(net, quant.plan(net, model.quant), model.quant)
     rows = quant.table(net)
     whole = sum(row.bytes for row in rows)
-    return Estimate(
+    need = Estimate(
         weights=_share(whole, shards),
         adapters=_share(4 * trained, shards) if adapter is not None else 0,
         gradients=_share(4 * trained, shards),
@@ -88,6 +96,27 @@ def estimate(recipe: Recipe, config: Any, *, world: int = 1) -> Estimate:
         loading=loading,
         by_dtype={dtype: sum(r.bytes for r in rows if r.dtype == dtype) for dtype in {r.dtype for r in rows}},
     )
+    if second is not None:
+        return _with_second(need, second, recipe, shards)
+    return evolve(need, reference=need.adapters if recipe.reference.every else 0)
+
+
+def _with_second(need: Estimate, second: Second, recipe: Recipe, shards: int) -> Estimate:
+    """The same with a second model. It keeps no activations: one layer's stand where the policy's will.
+
+    If its log-probs are kept, it is gone before the policy comes, so that the larger of the two counts.
+    """
+    model = evolve(second.model, attention="auto", dtype="float32" if second.moves else second.model.dtype)
+    net = skeleton(second.config, model)
+    flow = recipe.batch.tokens * max((_flow(m, model.dtype, net.config.hidden_size) for m in _layers(net)), default=0)
+    if model.quant is not None:
+        quant.apply(net, quant.plan(net, model.quant), model.quant)
+    held = _share(sum(row.bytes for row in quant.table(net)), shards)
+    gathered = 0 if shards == 1 else _two_layers(net, None)
+    if recipe.reference.cached:
+        return evolve(need, loading=max(need.loading, held + gathered + flow - need.weights - need.adapters))
+    most = {"activations": max(need.activations, flow), "gathered": max(need.gathered, gathered)}
+    return evolve(need, reference=held, **most)
 
 
 def _share(n: int, shards: int) -> int:
@@ -122,10 +151,15 @@ def passing(net: Any, recipe: Recipe) -> tuple[int, int]:
     T, D = recipe.batch.tokens, net.config.hidden_size
     width = getattr(torch, recipe.model.dtype).itemsize
     casts = 4 if recipe.adapter is not None and width < 4 else 0
-    flows = [width * _outputs(m) + casts * _inputs(m) + NORM_BYTES * D for m in _layers(net)]
+    flows = [_flow(m, recipe.model.dtype, D) + casts * _inputs(m) for m in _layers(net)]
     most = T * max(flows, default=0)
     kept = T * D * width * len(flows) + most * 3 // 2 if recipe.model.checkpointing else T * sum(flows) + most // 2
     return kept, T * D * (4 + width) + TILE
+
+
+def _flow(layer: nn.Module, dtype: str, D: int) -> int:
+    """Bytes that one position leaves behind in a layer."""
+    return getattr(torch, dtype).itemsize * _outputs(layer) + NORM_BYTES * D
 
 
 def _layers(net: nn.Module) -> list[nn.Module]:
@@ -157,10 +191,13 @@ def _gathered(net: nn.Module, recipe: Recipe, shards: int) -> int:
     if shards == 1 and recipe.adapter is not None:
         return 0
     width = getattr(torch, recipe.model.dtype).itemsize if recipe.adapter is None else None
+    return _two_layers(net, width, whole=not recipe.parallel.reshard)
+
+
+def _two_layers(net: nn.Module, width: int | None, *, whole: bool = False) -> int:
     per_layer = [_bytes(m, width) for m in _layers(net)]
     outside = _bytes(net, width) - sum(per_layer)
-    layers = 2 * max(per_layer, default=0) if recipe.parallel.reshard else sum(per_layer)
-    return outside + layers
+    return outside + (sum(per_layer) if whole else 2 * max(per_layer, default=0))
 
 
 def _bytes(module: nn.Module, width: int | None) -> int:

@@ -6,32 +6,47 @@ Shapes: T positions of a batch, N trained positions, S x L rows of a padded layo
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from attrs import frozen
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ft.dist import whole
 from ft.errors import ModelError
 from ft.kernels.logprobs import token_logps
 from ft.models import documents, head, layout
+from ft.models.compare import Head, Term, compared
 from ft.models.layout import Layout, Rows, arrange
 from ft.types import Batch, LogProbs
+
+Factors = Mapping[str, Tensor]  # adapters by name, each sharded as the policy's own
 
 
 @frozen(kw_only=True, eq=False)
 class Policy:
-    """A model and how it is asked. ``aux`` is the coefficient of the router's balance loss; 0 leaves it out."""
+    """A model and how it is asked. ``aux`` is the coefficient of the router's balance loss; 0 leaves it out.
+
+    ``reference`` is told in ``ft.models.reference``; None is the model with its adapters off.
+    """
 
     scorer: Scorer
     config: PretrainedConfig
     layout: Layout
     aux: float = 0.0
+    reference: Policy | Factors | Literal["kept"] | None = None
 
 
 def logprobs(
-    policy: Policy, batch: Batch, *, entropy: bool = False, temperature: float = 1.0, hidden: bool = False
+    policy: Policy,
+    batch: Batch,
+    *,
+    entropy: bool = False,
+    temperature: float = 1.0,
+    hidden: bool = False,
+    compare: Term | None = None,
 ) -> LogProbs:
     """Log-probs of a batch's targets under the policy, each sequence as if it stood alone.
 
@@ -39,9 +54,14 @@ def logprobs(
         entropy: also the entropy of the next-token distribution, without gradient.
         temperature: logits are divided by it.
         hidden: also the trunk's last hidden states [T, D], undefined on filler.
+        compare: also the sum of this function of the policy's and the reference's logits, of whose hidden states the
+            batch brings ``ref_hidden_ND``.
     """
-    found = policy.scorer(batch, policy.layout, entropy=entropy, temperature=temperature, aux=policy.aux, hidden=hidden)
-    return LogProbs(**found)
+    options: dict[str, Any] = {"entropy": entropy, "temperature": temperature, "aux": policy.aux, "hidden": hidden}
+    if compare is not None:
+        other = policy.reference.scorer.output(frozen=True) if isinstance(policy.reference, Policy) else None
+        options |= {"compare": compare, "other": other}
+    return LogProbs(**policy.scorer(batch, policy.layout, **options))
 
 
 def forwarded(policy: Policy, batch: Batch) -> int:
@@ -76,6 +96,8 @@ class Scorer(nn.Module):
         aux: float = 0.0,
         hidden: bool = False,
         own_logits: bool = False,
+        compare: Term | None = None,
+        other: Head | None = None,
     ) -> dict[str, Tensor]:
         """Fields of ``LogProbs``. A batch without trained positions gives zeros that still have a graph.
 
@@ -83,6 +105,7 @@ class Scorer(nn.Module):
 
         Args:
             aux: coefficient of the router's balance loss; 0 leaves it out.
+            compare: see ``logprobs``. ``other`` is the reference's head; None is this model's without its adapter.
             own_logits: compute the log-probs from the model's own logits, all T x V of them: the oracle of the
                 leak check.
         """
@@ -105,6 +128,10 @@ class Scorer(nn.Module):
             found = {"logp_T": _scatter(logp_N, batch)}
             if entropy_N is not None:
                 found["entropy_T"] = _scatter(entropy_N.detach(), batch)
+        if compare is not None:
+            assert batch.ref_hidden_ND is not None, "the method's prepare asks the reference"
+            other = other or self.output(frozen=True)
+            found["compared"] = compared(compare, hidden_RD[place_N], self.output(), batch.ref_hidden_ND, other)
         if aux:
             found["aux"] = aux * balance_loss(self.model, out, rows.real_SL, empty=not batch.lengths)
         if hidden:
@@ -126,6 +153,14 @@ class Scorer(nn.Module):
         """Switch transformers' attention implementation; generation wants ``own_attention``."""
         if self.model.config._attn_implementation != name:
             self.model.set_attn_implementation(name)
+
+    def output(self, *, frozen: bool = False) -> Head:
+        """The output layer, for use inside the forward; ``frozen``: without its adapter, gathered whole anywhere."""
+        weight_VD, bias_V, lora = head_parts(self.model.get_output_embeddings())
+        if frozen:
+            weight_VD, lora = whole(weight_VD.detach()), None
+            bias_V = None if bias_V is None else whole(bias_V.detach())
+        return Head(weight_VD=weight_VD, bias_V=bias_V, lora=lora, **self.options)
 
     def _token_logps(
         self, hidden_ND: Tensor, batch: Batch, temperature: float, entropy: bool

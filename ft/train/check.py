@@ -26,8 +26,9 @@ from ft.io.runfolder import RECIPE, claim, diff, has_checkpoints, is_free
 from ft.io.weights import ModelFolder, open_weights, resolve
 from ft.models import load, lora, memory, quant
 from ft.models.build import structure
+from ft.models.reference import Second
 from ft.recipe import Recipe, dump, run_folder, total_steps
-from ft.train import keep, optim, setup
+from ft.train import keep, optim, reference, setup
 from ft.train.inspect import oddities, prepared
 from ft.train.trial import longest, try_step
 from ft.types import asked
@@ -127,7 +128,11 @@ def _model(
         sheet.left_out("weights", "a rehearsal starts from random ones")
     else:
         sheet.attempt("weights", lambda: _names(shape, folder))
-    sheet.attempt("memory", lambda: _memory(recipe, shape, available))
+    failed = sheet.failed
+    second = sheet.attempt("reference", lambda: _reference(recipe, folder, tokenizer))
+    if sheet.failed > failed:
+        return "none"
+    sheet.attempt("memory", lambda: _memory(recipe, shape, available, second))
     trial = "real" if sheet.failed == before else "look-alike"
     sheet.attempt("disk", lambda: _disk(recipe, shape))
     return trial
@@ -292,7 +297,8 @@ def _disk(recipe: Recipe, shape: Shape) -> Found[None]:
     """Room for the checkpoints that are kept, the best, and the one being written."""
     saved = shape.trained if shape.attached else keep.own_tensors(shape.net)
     moments = sum(p.numel() for p in shape.trained.values()) * MOMENTS[recipe.optim.bits]
-    one = sum(t.numel() * t.element_size() for t in saved.values()) + moments
+    weights = sum(t.numel() * t.element_size() for t in saved.values())
+    one = weights + moments + (weights if recipe.reference.every else 0)
     place, room = run_folder(recipe), (recipe.save.keep + 2) * one
     checkpoint.preflight(place, room)
     free = checkpoint.free_bytes(place)
@@ -301,10 +307,30 @@ def _disk(recipe: Recipe, shape: Shape) -> Found[None]:
     )
 
 
-def _memory(recipe: Recipe, shape: Shape, available: int | None) -> Found[None]:
+def _reference(recipe: Recipe, folder: ModelFolder | None, tokenizer: Any) -> Found[Second | None]:
+    """That the method can have the reference it is given; of a second model, structure and stored names too."""
+    config = setup.config_of(recipe, folder, vocab=len(tokenizer))
+    second = reference.find(recipe, tokenizer, config, folder)
+    if second is None:
+        return Found(text=_no_second(recipe), value=None)
+    net = structure(second.model, None, second.config, trained=second.moves).net
+    if second.folder is not None and not second.model.tiny:
+        load.plan(net, open_weights(second.folder.path), where=str(second.folder.path))
+    whose = second.model.id if recipe.reference.model else "a copy of the starting weights"
+    held = memory.size(sum(row.bytes for row in quant.table(net)))
+    return Found(text=f"{whose} ({type(net).__name__}), {held} over all ranks", value=second)
+
+
+def _no_second(recipe: Recipe) -> str:
+    if asked(recipe.method).reference == "none":
+        return "none, the method compares with nothing"
+    return "the model with its adapters off" if recipe.adapter else "the model before its first step"
+
+
+def _memory(recipe: Recipe, shape: Shape, available: int | None, second: Second | None) -> Found[None]:
     """Bytes of each rank by class, against what is free."""
     device, (_, world) = dist.own_device(), dist.rank_from_env()
-    need = memory.estimate(recipe, shape.net.config, world=world)
+    need = memory.estimate(recipe, shape.net.config, world=world, second=second)
     have = memory.available(device) if available is None else available
     sharing = 1 if device.type == "cuda" else world  # ranks on one machine share its memory, but not a GPU
     memory.fits(need, have=have, ranks=sharing, rehearsal="the same command with --tiny", place=PLACES[device.type])

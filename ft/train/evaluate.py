@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from attrs import evolve
 
 from ft.dist import World
 from ft.models.policy import Policy
 from ft.train import step
-from ft.types import Context, Dataset, Given, Method
+from ft.types import Context, Dataset, Example, Given, Method
+
+
+def held_out_examples(
+    method: Method, data: Dataset, context: Context, examples: int | None = None
+) -> Sequence[Example]:
+    """What the method makes of the first ``examples`` rows."""
+    rows = min(data.rows, examples or data.rows)
+    held_out = Given(examples=[example for i in range(rows) for example in data.row(i)])
+    return method.examples(0, evolve(context, data=held_out, examples=rows))
 
 
 @torch.no_grad()
@@ -27,9 +38,7 @@ def evaluate(
     The method makes its examples of them as of a step's rows. Dropout is off while it runs. Every rank must call it,
     and gets the same numbers.
     """
-    rows = min(data.rows, examples or data.rows)
-    held_out = Given(examples=[example for i in range(rows) for example in data.row(i)])
-    chosen = method.examples(0, evolve(context, data=held_out, examples=rows))
+    chosen = held_out_examples(method, data, context, examples)
     module = policy.scorer
     was_training = module.training
     module.eval()

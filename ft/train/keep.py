@@ -22,7 +22,7 @@ from ft.io.stream import Entry, Tensors
 from ft.io.weights import write_weights
 from ft.models import lora
 from ft.models.build import Built
-from ft.train import state
+from ft.train import reference, state
 from ft.train.session import Progress, Session
 
 Say = Callable[[str], None]
@@ -77,7 +77,7 @@ def save(run: Session, progress: Progress) -> None:
         checkpoint.save(
             run.folder,
             progress.step,
-            {stem: entries, OPTIMIZER: moments},
+            {stem: entries, OPTIMIZER: moments, **reference.entries(run)},
             {"progress": attrs.asdict(progress)},
             documents=documents(run.built, run.recipe.model.id, run.context.tokenizer),
             keep=run.recipe.save.keep,
@@ -95,7 +95,8 @@ def room(run: Session) -> int:
     """Bytes that the run's checkpoints may take: those it keeps, the best, and the one being written."""
     _, entries = weights(run.built)
     moments = 2 * sum(p.numel() * p.dtype.itemsize for p in run.parameters.values())
-    return (run.recipe.save.keep + 2) * (sum(entry.bytes for entry in entries) + moments)
+    own = [*entries, *(entry for items in reference.entries(run).values() for entry in items)]
+    return (run.recipe.save.keep + 2) * (sum(entry.bytes for entry in own) + moments)
 
 
 def find(folder: Path, world: World, say: Say) -> Checkpoint | None:
@@ -116,6 +117,7 @@ def restore(run: Session, saved: Checkpoint) -> Progress:
         lora.load_state(net, saved.open(ADAPTER))
     else:
         _fill(own_tensors(net), saved.open(MODEL), saved.path)
+    reference.restore(run, saved)
     state.restore_optimizer(run.optimizer, run.parameters, saved.open(OPTIMIZER))
     return Progress(**saved.meta["progress"])
 

@@ -26,7 +26,7 @@ from ft.io import checkpoint
 from ft.io.runfolder import RunLock, claim, open_run
 from ft.recipe import Recipe, run_folder
 from ft.recipe.files import dump
-from ft.train import guard, keep, optim, schedule, setup, sinks, state, step
+from ft.train import guard, keep, optim, reference, schedule, setup, sinks, state, step
 from ft.train.evaluate import evaluate
 from ft.train.log import Log
 from ft.train.session import Progress, Session
@@ -61,7 +61,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         log = stack.enter_context(Log(folder, main=rank == 0))
         tokenizer, source = setup.tokenizer_of(recipe, log.notice)
         config = setup.config_of(recipe, source, vocab=len(tokenizer))
-        source = setup.fetch(recipe, config, source, ranks=size)
+        second = reference.find(recipe, tokenizer, config, source)
+        source = setup.fetch(recipe, config, source, ranks=size, second=second)
+        second = reference.fetch(second)
         rows, held_out = setup.rows_of(recipe, tokenizer, log.notice)
         trackers: Sequence[sinks.Sink] = ()
         if rank == 0:
@@ -78,7 +80,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
             )
         parallel = recipe.parallel
         world = stack.enter_context(dist.launched(replicate=parallel.replicate, timeout=parallel.timeout))
-        run = setup.session(recipe, world, log, tokenizer, config, source, rows, held_out)
+        run = setup.session(recipe, world, log, tokenizer, config, source, rows, held_out, second)
         saved = keep.find(folder, world, log.notice) if resume else None
         progress = keep.restore(run, saved) if saved else Progress()
         if rank == 0 and not saved:
@@ -121,6 +123,7 @@ def fit(run: Session, progress: Progress, stop: Stop) -> str:
     while progress.step < run.steps:
         window.done.append(one_step(run, progress.step))
         progress.step += 1
+        reference.follow(run, progress.step)
         ending = progress.step == run.steps
         stopping = False
         asked = run.world.size == 1 and stop.requested  # several ranks agree on it at log lines only

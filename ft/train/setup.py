@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from attrs import evolve
+
 from ft import dist
 from ft.data.dataset import Prepared, prepare
 from ft.data.tokenizer import byte_tokenizer, load_tokenizer
@@ -13,8 +15,9 @@ from ft.errors import FtError
 from ft.io.weights import ModelFolder, resolve
 from ft.models import memory, quant
 from ft.models.build import Built, build, plan_config
+from ft.models.reference import Second
 from ft.recipe import Recipe, run_folder, total_steps
-from ft.train import optim
+from ft.train import known, optim, reference
 from ft.train.guard import GradientCheck, Watch
 from ft.train.log import Log
 from ft.train.session import Session
@@ -61,7 +64,9 @@ def config_of(recipe: Recipe, folder: ModelFolder | None, *, vocab: int) -> Any:
     return plan_config(recipe.model, folder, vocab=vocab, asks=asked(recipe.method))
 
 
-def fetch(recipe: Recipe, config: Any, folder: ModelFolder | None, *, ranks: int) -> ModelFolder | None:
+def fetch(
+    recipe: Recipe, config: Any, folder: ModelFolder | None, *, ranks: int, second: Second | None = None
+) -> ModelFolder | None:
     """The folder with its weights, once it is known that this machine can hold the run.
 
     Raises:
@@ -71,7 +76,7 @@ def fetch(recipe: Recipe, config: Any, folder: ModelFolder | None, *, ranks: int
         return folder
     device = dist.own_device()
     memory.fits(
-        memory.estimate(recipe, config, world=ranks),
+        memory.estimate(recipe, config, world=ranks, second=second),
         have=memory.available(device),
         ranks=1 if device.type == "cuda" else ranks,
         rehearsal="the same command with --tiny",
@@ -95,6 +100,7 @@ def facts(run: Session, rows: Prepared) -> dict[str, object]:
         "ranks": f"{run.world.size} on {run.world.device.type}",
         "precision": precision(recipe),
         "layout": str(run.policy.layout),
+        "reference": reference.described(recipe, run.policy),
         "folder": str(run.folder),
     }
 
@@ -128,8 +134,20 @@ def session(
     folder: ModelFolder | None,
     train: Prepared,
     held_out: Prepared | None,
+    second: Second | None = None,
 ) -> Session:
-    """Build the policy and what trains it. Every rank calls it."""
+    """Build the policy, its reference and what trains it. Every rank calls it.
+
+    A second model whose log-probs are kept is built, asked and let go of before the policy takes its memory.
+    """
+    context = Context(data=train, examples=recipe.batch.examples, seed=recipe.seed, tokenizer=tokenizer)
+    steps = total_steps(recipe, train.per_epoch)
+    kept: known.Rows | None = None
+    if recipe.reference.cached:
+        source = second or Second(model=recipe.model, config=config, folder=folder, seed=recipe.seed)
+        kept = known.rows_of(recipe, source, context, held_out, steps, world, log.notice)
+    if kept is not None and second is not None:
+        kept = known.by_second(kept, second, recipe, world, log.notice)
     built = build(
         recipe.model,
         recipe.adapter,
@@ -141,18 +159,21 @@ def session(
         say=log.notice,
         asks=asked(recipe.method),
     )
+    if kept is not None and second is None:
+        kept = known.by_policy(kept, built.policy, recipe, world, log.notice)
+    built = evolve(built, policy=reference.attach(built.policy, recipe, second, world, log.notice))
     parameters = optim.trained(built.policy.scorer.model)
     place = run_folder(recipe)
     return Session(
-        recipe=recipe,
+        recipe=recipe if kept is None else evolve(recipe, method=known.Known(method=recipe.method, values=kept.values)),
         folder=place,
         world=world,
         built=built,
         parameters=parameters,
         optimizer=optim.make(parameters, recipe.optim),
-        context=Context(data=train, examples=recipe.batch.examples, seed=recipe.seed, tokenizer=tokenizer),
+        context=context,
         held_out=held_out,
-        steps=total_steps(recipe, train.per_epoch),
+        steps=steps,
         log=log,
         watch=Watch(folder=place / "bad_batches", patience=recipe.log.patience, world=world),
         gradients=GradientCheck(parameters),

@@ -63,7 +63,14 @@ def run(plan: Plan, method: Method, policy: Policy, world: World, *, backward: b
     """
     total, asks = LossOutput(loss=torch.zeros((), device=world.device)), asked(method)
     for batch in plan.batches:
-        scored = logprobs(policy, batch, entropy=asks.entropy, hidden=asks.hidden, temperature=asks.temperature)
+        scored = logprobs(
+            policy,
+            batch,
+            entropy=asks.entropy,
+            hidden=asks.hidden,
+            temperature=asks.temperature,
+            compare=asks.compare,
+        )
         out = method.loss(scored, batch, plan.counts)
         if scored.aux is not None:
             weight = sum(batch.lengths) / plan.counts.inputs

@@ -16,8 +16,9 @@ from ft import dist
 from ft.data.dataset import Prepared
 from ft.errors import CapacityError, NumericsError
 from ft.io.weights import ModelFolder
-from ft.recipe import Recipe
-from ft.train import optim, schedule, setup, state, step
+from ft.recipe import Recipe, Reference
+from ft.recipe.parts import tiny_reference
+from ft.train import optim, reference, schedule, setup, state, step
 from ft.train.console import peak_bytes
 from ft.train.log import Log
 from ft.train.session import Session
@@ -42,14 +43,18 @@ def longest(data: Prepared, *, tokens: int, examples: int) -> list[Example]:
 
 def trial(recipe: Recipe, *, real: bool, place: Path) -> Recipe:
     """The recipe of one step in a folder of its own: with the real model, or with its look-alike and fresh adapters."""
-    model, adapter = recipe.model, recipe.adapter
+    model, adapter, other = recipe.model, recipe.adapter, recipe.reference
+    if other.cached:  # two steps write nothing; their arithmetic is the same with the model itself as reference
+        other = Reference()
     if not real:
         model = evolve(model, tiny=True, dtype="float32")
         adapter = evolve(adapter, init=None) if adapter else None
+        other = tiny_reference(other)
     return evolve(
         recipe,
         model=model,
         adapter=adapter,
+        reference=other,
         save=evolve(recipe.save, dir=place / "run"),
         parallel=evolve(recipe.parallel, replicate=1),
         log=evolve(recipe.log, sinks=()),
@@ -83,7 +88,8 @@ def try_step(recipe: Recipe, *, real: bool, folder: ModelFolder | None, tokenize
         config = setup.config_of(tried, folder, vocab=len(tokenizer))
         with Log(Path(name), stream=said) as log:
             try:
-                run = setup.session(tried, world, log, tokenizer, config, folder, rows, None)
+                second = reference.find(tried, tokenizer, config, folder)
+                run = setup.session(tried, world, log, tokenizer, config, folder, rows, None, second)
                 _one(run, examples, 0)
                 seconds, loss = _one(run, examples, 1)
             except (torch.OutOfMemoryError, MemoryError) as error:
