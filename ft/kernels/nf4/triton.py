@@ -54,18 +54,19 @@ def _values(code, byte):
 
 @triton.jit
 def dequantise_kernel(
-    packed, absmax, absmax2, offset, code, table, index, out, n, row_blocks,
+    packed, absmax, absmax2, offset, code, table, index, out, n, bytes, row_blocks,
     HALF: tl.constexpr, BLOCKS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """out = code * scale rounded to ROUND, of n values; of the rows ``index`` where it is given, each ``row_blocks``
-    blocks long."""
+    """out = code * scale rounded to ROUND, of n values in ``bytes``; of the rows ``index`` where it is given, each
+    ``row_blocks`` blocks long."""
     block_B = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside_B = block_B * (2 * HALF) < n
     source_B = block_B
     if index is not None:
         source_B = tl.load(index + block_B // row_blocks, inside_B, 0) * row_blocks + block_B % row_blocks
     byte_H = tl.arange(0, HALF)
-    inside_BH = (block_B[:, None] * HALF + byte_H[None, :]) * 2 < n
+    # Compared with a count of bytes, which Triton knows to be a multiple of 16 where it is, loads are of many bytes.
+    inside_BH = block_B[:, None] * HALF + byte_H[None, :] < bytes
     byte_BH = tl.load(packed + source_B[:, None] * HALF + byte_H[None, :], inside_BH, 0)
     scale_B = _scale(absmax, absmax2, offset, table, source_B, inside_B)
     value = _values(code, byte_BH) * scale_B[:, None]
@@ -74,7 +75,7 @@ def dequantise_kernel(
 
 
 @triton.jit
-def quantise_kernel(w, midpoints, packed, absmax, n, HALF: tl.constexpr, BLOCKS: tl.constexpr):
+def quantise_kernel(w, midpoints, packed, absmax, n, bytes, HALF: tl.constexpr, BLOCKS: tl.constexpr):
     """Codes, two a byte, and the absmax of each block; NaN where a block holds one."""
     block_B = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     at = block_B[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
@@ -91,7 +92,7 @@ def quantise_kernel(w, midpoints, packed, absmax, n, HALF: tl.constexpr, BLOCKS:
     high_BH, low_BH = tl.split(tl.reshape(codes, [BLOCKS, HALF, 2]))
     byte_H = tl.arange(0, HALF)
     byte_at = block_B[:, None] * HALF + byte_H[None, :]
-    tl.store(packed + byte_at, ((high_BH << 4) | low_BH).to(tl.uint8), byte_at * 2 < n)
+    tl.store(packed + byte_at, ((high_BH << 4) | low_BH).to(tl.uint8), byte_at < bytes)
     nans_B = tl.sum((x != x).to(tl.int32), 1)
     found_B = tl.where(nans_B != 0, float("nan"), tl.where(partial_B, divisor_B, most_B))
     tl.store(absmax + block_B, found_B, block_B * (2 * HALF) < n)
@@ -184,7 +185,7 @@ def launches() -> list[Launch]:
     double = {"packed": "*u8", "absmax": "*u8", "absmax2": "*fp32", "offset": "*fp32", **tables}
     single = {"packed": "*u8", "absmax": "*fp32", **tables}
     absent = {"absmax2": None, "offset": None}
-    size = {"n": "i32:16", "row_blocks": "i32"}
+    size = {"n": "i32:16", "bytes": "i32:16", "row_blocks": "i32"}
     large = {"M": "i32", "N": "i32:16", "K": "i32:16"}
 
     def made(launch: Launch, variant: str, signature: dict[str, str], **constants: Any) -> Launch:
@@ -199,7 +200,7 @@ def launches() -> list[Launch]:
         made(_simple(dequantise_kernel, 4096, ROUND=tl.float32), "block 4096, float32",
              {**single, **size, "out": "*fp32"}, index=None, **absent),
         made(_simple(quantise_kernel, 64), "", {"w": "*bf16", "midpoints": "*fp32", "packed": "*u8",
-                                                "absmax": "*fp32", "n": "i32:16"}),
+                                                "absmax": "*fp32", "n": "i32:16", "bytes": "i32:16"}),
     ]  # fmt: skip
     for rows in (16, FEW):
         up = _product(forward_kernel, tiles(rows), 64, torch.bfloat16)
@@ -258,7 +259,7 @@ def _dequantise(q: NF4Tensor, out: Tensor, index: Tensor | None, row_blocks: int
     n = out.numel()
     if n:
         grid = (triton.cdiv(n, q.block * launch.constants["BLOCKS"]),)
-        _run(launch, grid, out, **_parts(q), index=index, out=out, n=n, row_blocks=row_blocks)
+        _run(launch, grid, out, **_parts(q), index=index, out=out, n=n, bytes=(n + 1) // 2, row_blocks=row_blocks)
 
 
 @torch.no_grad()
@@ -270,7 +271,7 @@ def codes(w: Tensor, block: int) -> tuple[Tensor, Tensor]:
     absmax = torch.empty(-(-n // block), dtype=torch.float32, device=w.device)
     launch = _simple(quantise_kernel, block)
     grid = (triton.cdiv(n, block * launch.constants["BLOCKS"]),)
-    _run(launch, grid, w, w=w, midpoints=_midpoints(w.device), packed=packed, absmax=absmax, n=n)
+    _run(launch, grid, w, w=w, midpoints=_midpoints(w.device), packed=packed, absmax=absmax, n=n, bytes=len(packed))
     check_finite(absmax)
     return packed, absmax
 
