@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
 from attrs import evolve
 from safetensors.torch import load_file, save_file
-from test_methods import PAIRS, one_step, pair
+from test_methods import PAIRS, one_step
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ft import DPO, KTO, NF4, SFT, AdamW, Batching, Constant, Data, Eval, LoRA, Model, Recipe, Reference, Save, dist
+from ft import DPO, NF4, LoRA, Model, dist
 from ft.data.pack import collate
 from ft.data.tokenizer import byte_tokenizer
 from ft.dist import World, whole
-from ft.errors import ModelError, RecipeError
+from ft.errors import ModelError
 from ft.io.weights import ModelFolder
-from ft.models import lora, memory
+from ft.models import lora
 from ft.models.build import Built, build, plan_config
-from ft.models.policy import Policy
 from ft.models.reference import (
     Second,
     base_factors,
@@ -40,9 +37,7 @@ from ft.models.reference import (
     reference_logps,
 )
 from ft.recipe import Parallel
-from ft.train import known, optim, reference, step
-from ft.train.loop import train
-from ft.train.known import key
+from ft.train import optim, reference
 from ft.types import Example
 
 VOCAB = 128
