@@ -6,7 +6,21 @@ Importing ``ft`` imports no torch; what needs it (``ft.losses``, ``ft.train``, .
 """
 
 from ft.errors import FtError
-from ft.methods import BCO, CPO, DPO, KTO, ORPO, SFT, Distill, Reward, SimPO, Stepwise
+from ft.methods import (
+    BCO,
+    CPO,
+    DPO,
+    GRPO,
+    KTO,
+    ORPO,
+    SFT,
+    Correction,
+    Distill,
+    Reward,
+    RewardFunction,
+    SimPO,
+    Stepwise,
+)
 from ft.recipe import (
     NF4,
     WSD,
@@ -15,7 +29,9 @@ from ft.recipe import (
     Constant,
     Cosine,
     Data,
+    Embedded,
     Eval,
+    Judging,
     Linear,
     Log,
     LoRA,
@@ -23,6 +39,7 @@ from ft.recipe import (
     Parallel,
     Recipe,
     Reference,
+    Sampling,
     Save,
     Source,
 )
@@ -32,6 +49,7 @@ __all__ = [
     "BCO",
     "CPO",
     "DPO",
+    "GRPO",
     "KTO",
     "NF4",
     "ORPO",
@@ -40,11 +58,14 @@ __all__ = [
     "AdamW",
     "Batching",
     "Constant",
+    "Correction",
     "Cosine",
     "Data",
     "Distill",
+    "Embedded",
     "Eval",
     "FtError",
+    "Judging",
     "Linear",
     "LoRA",
     "Log",
@@ -53,6 +74,8 @@ __all__ = [
     "Recipe",
     "Reference",
     "Reward",
+    "RewardFunction",
+    "Sampling",
     "Save",
     "SimPO",
     "Source",

@@ -232,7 +232,7 @@ class Sampler(Protocol):
         """Let it sample from the policy as it stands after ``step`` optimizer steps."""
         ...
 
-    def rollout(self, prompts: Sequence[Example], n: int, step: int) -> list[list[Rollout]]:
+    def rollout(self, prompts: Sequence[Example], n: int, step: int, *, greedy: bool = False) -> list[list[Rollout]]:
         """``n`` completions of each prompt; a function of the seed, ``step`` and the prompts where it can be."""
         ...
 

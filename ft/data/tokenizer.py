@@ -5,6 +5,7 @@ transformers is imported when a tokenizer is made, not before.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,16 @@ def _read_template(path: Path) -> str:
             f"the chat template is not jinja: {error.message}", where=f"{path}:{error.lineno}", fix="mend the template"
         ) from error
     return source
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's end of sequence, and those of the model's generation_config.json."""
+    found = {tokenizer.eos_token_id}
+    config = folder / "generation_config.json" if folder else None
+    if config is not None and config.is_file():
+        ends = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
+        found |= set(ends) if isinstance(ends, list) else {ends}
+    return frozenset(int(token) for token in found if token is not None)
 
 
 END, START, STOP, THINK, UNTHINK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"

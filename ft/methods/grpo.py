@@ -13,6 +13,7 @@ from attrs import Attribute, evolve, field, frozen, validators
 from ft import losses
 from ft.methods import rollouts
 from ft.recipe.parts import Sampling
+from ft.rollout.facts import facts
 from ft.types import Asks, Batch, Context, Counts, Example, LogProbs, LossOutput
 
 Advantage = Literal["group_zscore", "group_mean", "leave_one_out", "opo", "maxrl"]
@@ -50,7 +51,7 @@ class GRPO:
     A step takes ``batch.examples`` prompts and samples ``group`` answers to each.
     """
 
-    rewards: tuple[rollouts.Reward, ...] = field(converter=rollouts.as_rewards, validator=validators.min_len(1))
+    rewards: tuple[rollouts.RewardFunction, ...] = field(converter=rollouts.as_rewards, validator=validators.min_len(1))
     """What scores an answer; the weighted sum counts."""
     group: int = field(default=8, validator=validators.ge(1))
     """Answers to each prompt."""
@@ -84,7 +85,7 @@ class GRPO:
 
     def examples(self, step: int, ctx: Context) -> Sequence[Example]:
         groups = rollouts.scored(step, ctx, self.group)
-        ctx.note(rollouts.facts(groups))
+        ctx.note(facts(groups))
         return rollouts.to_examples(groups, self.advantage, truncated=self.truncated)
 
     def prepare(self, batch: Batch, policy: Any) -> Batch:

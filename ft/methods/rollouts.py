@@ -5,11 +5,12 @@ Shapes: S answers, T positions of a batch, L tokens of one sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from attrs import evolve, frozen
+from attrs import field, frozen
 
+from ft.rollout.facts import Groups
 from ft.types import Batch, Context, Counts, Example, LogProbs, Rollout
 
 if TYPE_CHECKING:
@@ -17,11 +18,9 @@ if TYPE_CHECKING:
 
     from ft.methods.grpo import Correction
 
-Groups = Sequence[Sequence[Rollout]]
-
 
 @frozen(kw_only=True)
-class Reward:
+class RewardFunction:
     """A function that scores answers: ``def reward(completions, **columns) -> list[float | None]``.
 
     ``completions`` are texts; the row's other columns come as lists of the same length, with ``prompts`` (lists of
@@ -31,12 +30,14 @@ class Reward:
     function: Callable[..., Any]
     weight: float = 1.0
     """What its scores are multiplied by before they are added up."""
+    options: dict[str, Any] = field(factory=dict)
+    """More named arguments for it."""
 
 
-def as_rewards(value: Any) -> tuple[Reward, ...]:
-    """One function or Reward, or several of either."""
+def as_rewards(value: Any) -> tuple[RewardFunction, ...]:
+    """One function or RewardFunction, or several of either."""
     items = value if isinstance(value, (list, tuple)) else (value,)
-    return tuple(Reward(function=item) if callable(item) else item for item in items)
+    return tuple(RewardFunction(function=item) if callable(item) else item for item in items)
 
 
 def scored(step: int, ctx: Context, n: int) -> list[list[Rollout]]:
@@ -132,34 +133,3 @@ def mismatch(logprobs: LogProbs, batch: Batch, counts: Counts) -> dict[str, Tens
         gap_T = torch.where(known_T, ours_T - batch.sampled_logp_T, 0.0).clamp(-20, 20)
         sums["mismatch_kl"] = share((gap_T.exp() - 1 - gap_T).sum(), counts.tokens)
     return sums
-
-
-def facts(groups: Groups) -> dict[str, float]:
-    """Numbers of a step's answers, for the log."""
-    flat = [rollout for group in groups for rollout in group]
-    rewards = [rollout.reward for rollout in flat if rollout.reward is not None]
-    mean = sum(rewards) / max(1, len(rewards))
-    alike = [len({r.reward for r in group if r.reward is not None}) <= 1 for group in groups]
-    lengths = [len(rollout.tokens_L) for rollout in flat]
-    found = {
-        "reward": mean,
-        "reward_std": (sum((r - mean) ** 2 for r in rewards) / max(1, len(rewards))) ** 0.5,
-        "groups_alike": sum(alike) / max(1, len(groups)),
-        "unscored": 1 - len(rewards) / max(1, len(flat)),
-        "length": sum(lengths) / max(1, len(flat)),
-        "cut_off": sum(r.finish == "length" for r in flat) / max(1, len(flat)),
-    }
-    return found | _by_function(flat)
-
-
-def _by_function(flat: Sequence[Rollout]) -> dict[str, float]:
-    names = {name for rollout in flat for name in rollout.parts}
-    values = {name: [r.parts[name] for r in flat if name in r.parts] for name in sorted(names)}
-    return {f"reward/{name}": sum(found) / len(found) for name, found in values.items()}
-
-
-def with_score(rollout: Rollout, text: str, parts: Mapping[str, float | None], weights: Mapping[str, float]) -> Rollout:
-    """The rollout with its text and weighted sum; a function that gave None adds nothing, and all None is no reward."""
-    known = {name: value for name, value in parts.items() if value is not None}
-    total = sum(weights[name] * value for name, value in known.items()) if known else None
-    return evolve(rollout, text=text, parts=known, reward=total)

@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 # What it says ---------------------------------------------------------------------------------------------------------
 
 
-def reference_logps(policy: Policy, batch: Batch) -> Tensor:
+def reference_logps(policy: Policy, batch: Batch, *, temperature: float = 1.0) -> Tensor:
     """Log-probs [T] of a batch under the reference, without dropout. What the batch brings of it is not asked again.
 
     The base is the reference also of a run that starts from a saved adapter.
@@ -42,7 +42,7 @@ def reference_logps(policy: Policy, batch: Batch) -> Tensor:
     if policy.reference == "kept":
         return _kept(batch)
     with _as_reference(policy) as reference:
-        return policy_logps(reference, batch)
+        return policy_logps(reference, batch, temperature=temperature)
 
 
 def reference_states(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -54,10 +54,10 @@ def reference_states(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
     return found.logp_T, found.hidden_TD[batch.trained_N]
 
 
-def policy_logps(policy: Policy, batch: Batch) -> Tensor:
+def policy_logps(policy: Policy, batch: Batch, *, temperature: float = 1.0) -> Tensor:
     """Log-probs [T] of a batch under the policy as it is, without dropout and without gradient."""
     with _evaluating(policy.scorer):
-        return logprobs(policy, batch).logp_T
+        return logprobs(policy, batch, temperature=temperature).logp_T
 
 
 def _kept(batch: Batch) -> Tensor:

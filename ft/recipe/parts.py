@@ -336,6 +336,18 @@ class Embedded:
 
 
 @frozen(kw_only=True)
+class Judging:
+    """How answers are scored, in processes of their own."""
+
+    workers: int = field(default=2, validator=_positive)
+    """Processes that score at a time."""
+    timeout: float = field(default=30.0, validator=_positive)
+    """Seconds that a call of a reward function may take before its process is killed."""
+    failures: float = field(default=0.2, validator=_share)
+    """Largest share of a step's answers that a reward function may fail on before the run stops."""
+
+
+@frozen(kw_only=True)
 class Recipe:
     """A whole run."""
 
@@ -344,6 +356,10 @@ class Recipe:
     method: Method
     adapter: LoRA | None = None
     """What is trained: adapters, or None for all weights."""
+    sampler: Embedded = Embedded()
+    """Where the answers of online methods come from."""
+    judging: Judging = Judging()
+    """How they are scored."""
     optim: AdamW = AdamW()
     schedule: Constant | Linear | Cosine | WSD = Cosine()
     batch: Batching = Batching()

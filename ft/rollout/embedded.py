@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from ft import dist
@@ -39,8 +39,9 @@ class EmbeddedSampler:
     def sync(self, step: int) -> None:
         """Nothing to do: it is the model in training."""
 
-    def rollout(self, prompts: Sequence[Example], n: int, step: int) -> list[list[Rollout]]:
+    def rollout(self, prompts: Sequence[Example], n: int, step: int, *, greedy: bool = False) -> list[list[Rollout]]:
         """``n`` answers to each prompt, the same on every rank; called by all of them."""
+        sampling = evolve(self.sampling, greedy=True) if greedy else self.sampling
         per = max(1, self.rows // n)
         mine = list(range(self.world.rank, len(prompts), self.world.size))
         share = -(-len(prompts) // self.world.size)
@@ -49,7 +50,7 @@ class EmbeddedSampler:
             for start in range(0, share, per):
                 chosen = mine[start : start + per]
                 names = [(step, p, k) for p in chosen for k in range(n)]
-                answers = self._answers([prompts[p].tokens_L for p in chosen], n, names)
+                answers = self._answers([prompts[p].tokens_L for p in chosen], n, names, sampling)
                 for i, p in enumerate(chosen):
                     found[p] = answers[i * n : (i + 1) * n]
         found = _from_all_ranks(found, n, self.world)
@@ -57,14 +58,16 @@ class EmbeddedSampler:
             [_rollout(prompt, answer, step) for answer in group] for prompt, group in zip(prompts, found, strict=True)
         ]
 
-    def _answers(self, prompts: Sequence[np.ndarray], n: int, names: list[tuple[int, ...]]) -> list[_Answer]:
+    def _answers(
+        self, prompts: Sequence[np.ndarray], n: int, names: list[tuple[int, ...]], sampling: Sampling
+    ) -> list[_Answer]:
         """A rank without prompts goes along with one token, so that all forward equally often."""
         idle = not prompts
         prompts, names = (prompts, names) if not idle else ([np.zeros(1, np.int32)], [(0,)] * n)
-        u_BL = None if self.sampling.greedy else draws(self.seed, names, self.sampling.max_tokens)
+        u_BL = None if sampling.greedy else draws(self.seed, names, sampling.max_tokens)
         answers = continue_all(
             self.policy.scorer.model, prompts, n, u_BL,
-            sampling=self.sampling, stop=self.stop, world=self.world, idle=idle,
+            sampling=sampling, stop=self.stop, world=self.world, idle=idle,
         )  # fmt: skip
         return [] if idle else answers
 

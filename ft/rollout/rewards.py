@@ -49,3 +49,10 @@ def _last(said: str) -> str:
     """What stands in the last <answer>...</answer> of a completion; all of it where there is none."""
     found = re.findall(r"<answer>(.*?)</answer>", said, re.DOTALL)
     return found[-1] if found else said
+
+
+def last_number(completions: Sequence[str], answer: Sequence[Any], **columns: Any) -> Scores:
+    """1 where the last number in the completion is the column ``answer``; else 0. Spaces after a minus sign are let be."""
+    found = [re.findall(r"-?\s?\d[\d,]*(?:\.\d+)?", said) for said in completions]
+    said = [re.sub(r"[\s,]", "", numbers[-1]) if numbers else None for numbers in found]
+    return [float(one is not None and float(one) == float(right)) for one, right in zip(said, answer, strict=True)]

@@ -81,6 +81,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         parallel = recipe.parallel
         world = stack.enter_context(dist.launched(replicate=parallel.replicate, timeout=parallel.timeout))
         run = setup.session(recipe, world, log, tokenizer, config, source, rows, held_out, second)
+        stack.callback(run.close)
         saved = keep.find(folder, world, log.notice) if resume else None
         progress = keep.restore(run, saved) if saved else Progress()
         if rank == 0 and not saved:
@@ -156,12 +157,13 @@ def one_step(run: Session, now: int) -> Done:
     out = step.reduce(shares, world)
     parameters = list(run.parameters.values())
     norm = optim.grad_norm(parameters)
-    run.gradients.after_backward(world)
+    if not step.without_signal(examples):
+        run.gradients.after_backward(world)
     bad = ~(torch.isfinite(out.loss) & torch.isfinite(norm))
     lr = recipe.optim.lr * schedule.lr_share(recipe.schedule, now, run.steps)
     optim.set_lr(run.optimizer, lr)
     optim.clip(parameters, norm, recipe.optim.clip)
-    optim.update(run.optimizer, bad)
+    optim.update(run.optimizer, bad | (norm == 0))  # where nothing was learnt, moments move nothing
     return Done(step=now, out=out, norm=norm, bad=bad, lr=lr, plan=plan)
 
 
@@ -185,6 +187,7 @@ def publish(run: Session, progress: Progress, window: Window, stop: Stop) -> boo
     progress.tokens += int(counts["inputs"])
     numbers = {
         **means(good),
+        **run.notes.take(),
         "lr": window.done[-1].lr,
         "tokens": progress.tokens,
         "tokens_per_s": counts["inputs"] / seconds,
@@ -222,9 +225,10 @@ def judge(run: Session, progress: Progress) -> bool:
         examples=recipe.eval.examples,
     )
     run.log.step(progress.step, numbers)
-    better = progress.best is None or numbers["eval/loss"] < progress.best
+    score = numbers["eval/loss"] if "eval/loss" in numbers else -numbers["eval/reward"]
+    better = progress.best is None or score < progress.best
     if better:
-        progress.best, progress.best_step, progress.worse = numbers["eval/loss"], progress.step, 0
+        progress.best, progress.best_step, progress.worse = score, progress.step, 0
     else:
         progress.worse += 1
     return better and progress.step > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from attrs import define, frozen
@@ -15,6 +15,7 @@ from ft.models.policy import Policy
 from ft.recipe import Recipe
 from ft.train.guard import GradientCheck, Watch
 from ft.train.log import Log
+from ft.train.notes import Notes
 from ft.types import Context, Dataset
 
 
@@ -34,6 +35,8 @@ class Session:
     log: Log
     watch: Watch
     gradients: GradientCheck
+    notes: Notes
+    close: Callable[[], None]  # ends what the run started: workers, servers
 
     @property
     def policy(self) -> Policy:
@@ -46,6 +49,6 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     tokens: int = 0  # positions forwarded so far, padding not counted
-    best: float | None = None  # lowest held-out loss
+    best: float | None = None  # lowest held-out loss, or the highest held-out reward with its sign changed
     best_step: int | None = None
     worse: int = 0  # evaluations since then

@@ -8,7 +8,9 @@ from typing import Any
 from attrs import evolve
 
 from ft import dist
+from ft.data import prompts
 from ft.data.dataset import Prepared, prepare
+from ft.data.prompts import Prompts
 from ft.data.tokenizer import byte_tokenizer, load_tokenizer
 from ft.dist import World
 from ft.errors import FtError
@@ -17,13 +19,15 @@ from ft.models import memory, quant
 from ft.models.build import Built, build, plan_config
 from ft.models.reference import Second
 from ft.recipe import Recipe, run_folder, total_steps
-from ft.train import known, optim, reference
+from ft.train import known, online, optim, reference
 from ft.train.guard import GradientCheck, Watch
 from ft.train.log import Log
+from ft.train.notes import Notes
 from ft.train.session import Session
 from ft.types import Context, asked
 
 Say = Callable[[str], None]
+Rows = Prepared | Prompts
 
 
 def tokenizer_of(recipe: Recipe, say: Say) -> tuple[Any, ModelFolder | None]:
@@ -44,16 +48,17 @@ def tokenizer_of(recipe: Recipe, say: Say) -> tuple[Any, ModelFolder | None]:
     return load_tokenizer(folder.path, model.template), folder
 
 
-def rows_of(recipe: Recipe, tokenizer: Any, say: Say) -> tuple[Prepared, Prepared | None]:
-    """Training rows and held-out rows, tokenised."""
+def rows_of(recipe: Recipe, tokenizer: Any, say: Say) -> tuple[Rows, Rows | None]:
+    """Training rows and held-out rows, tokenised: answers, or prompts for a method that samples its own."""
     data = recipe.data
     if recipe.model.tiny and data.rehearsal and data.train == data.rehearsal:
         say(f"rehearsal: training on {', '.join(s.path for s in data.rehearsal)}, not on the recipe's own rows")
     folder = run_folder(recipe)
-    train = prepare(data.train, data, tokenizer, quarantine=folder / "bad_rows.jsonl", announce=say)
+    read = prompts.prepare if asked(recipe.method).rows == "prompts" else prepare
+    train = read(data.train, data, tokenizer, quarantine=folder / "bad_rows.jsonl", announce=say)
     held_out = None
     if data.eval:
-        held_out = prepare(data.eval, data, tokenizer, quarantine=folder / "bad_eval_rows.jsonl", announce=say)
+        held_out = read(data.eval, data, tokenizer, quarantine=folder / "bad_eval_rows.jsonl", announce=say)
     for line in train.report.lines():
         say(line)
     return train, held_out
@@ -84,7 +89,7 @@ def fetch(
     return resolve(recipe.model.id, recipe.model.revision)
 
 
-def facts(run: Session, rows: Prepared) -> dict[str, object]:
+def facts(run: Session, rows: Rows) -> dict[str, object]:
     """What a run says of itself before its first step: sizes, bytes by kind and type, what is trained."""
     recipe, net = run.recipe, run.policy.scorer.model
     source = run.built.folder
@@ -132,8 +137,8 @@ def session(
     tokenizer: Any,
     config: Any,
     folder: ModelFolder | None,
-    train: Prepared,
-    held_out: Prepared | None,
+    train: Rows,
+    held_out: Rows | None,
     second: Second | None = None,
 ) -> Session:
     """Build the policy, its reference and what trains it. Every rank calls it.
@@ -162,6 +167,8 @@ def session(
     if kept is not None and second is None:
         kept = known.by_policy(kept, built.policy, recipe, world, log.notice)
     built = evolve(built, policy=reference.attach(built.policy, recipe, second, world, log.notice))
+    notes, started = Notes(), online.start(recipe, built, world, tokenizer, folder, log.notice)
+    context = evolve(context, sampler=started.sampler, judge=started.judge, note=notes.add)
     parameters = optim.trained(built.policy.scorer.model)
     place = run_folder(recipe)
     return Session(
@@ -177,4 +184,6 @@ def session(
         log=log,
         watch=Watch(folder=place / "bad_batches", patience=recipe.log.patience, world=world),
         gradients=GradientCheck(parameters),
+        notes=notes,
+        close=started.close,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ft import dist
 from ft.data.pack import collate, count, pack, pack_rows, shard
+from ft.data.share import share_prompts
 from ft.dist import World
 from ft.models.policy import Policy, forwarded, logprobs
 from ft.types import Batch, Counts, Example, LossOutput, Method, asked
@@ -34,6 +35,8 @@ def plan(examples: Sequence[Example], method: Method, policy: Policy, world: Wor
 
     Every rank passes the same examples and gets the same number of batches; a rank without work gets fillers.
     """
+    if _shares(policy):
+        examples = share_prompts(examples)
     make = pack if policy.layout.kind == "packed" else pack_rows
     packs = shard(make(examples, tokens=tokens), rank=world.rank, world=world.size)
     batches = [collate(p).to(world.device) for p in packs]
@@ -43,6 +46,17 @@ def plan(examples: Sequence[Example], method: Method, policy: Policy, world: Wor
     local["forwarded"] = sum(forwarded(policy, batch) for batch in batches)
     total = dist.reduce_tree(local, world)
     return Plan(batches=tuple(batches), forwarded=total.pop("forwarded"), counts=Counts(**total))
+
+
+def without_signal(examples: Sequence[Example]) -> bool:
+    """Whether all answers were as good as the others of their groups, so that none is to be raised or lowered."""
+    return all(example.adv_L is not None and not example.adv_L.any() for example in examples)
+
+
+def _shares(policy: Policy) -> bool:
+    """Whether all that will forward these examples can forward a prompt once for its answers."""
+    others = (policy.reference,) if isinstance(policy.reference, Policy) else ()
+    return all(model.layout.shared for model in (policy, *others))
 
 
 def add(a: LossOutput, b: LossOutput) -> LossOutput:

@@ -3,7 +3,8 @@
 Rows are {"messages": [user, assistant], "answer": ...}; the same seed makes the same rows, and held-out rows are
 those of another seed whose questions do not occur among the first. The task `pairs` makes sums with a right and a
 wrong answer, {"prompt": [user], "chosen": [assistant], "rejected": [assistant]}, `steps` makes longer sums worked out
-step by step, {"prompt": [user], "completions": [step], "labels": [right so far]}, and `text` makes plain text.
+step by step, {"prompt": [user], "completions": [step], "labels": [right so far]}, `tasks` makes sums to be answered
+and judged, {"prompt": [user], "answer", "dataset", "entry"}, and `text` makes plain text.
 """
 
 from __future__ import annotations
@@ -85,6 +86,16 @@ def steps(seed: int) -> Iterator[dict[str, Any]]:
         yield {"prompt": [user], "completions": worked, "labels": labels, "task": "steps"}
 
 
+def tasks(seed: int) -> Iterator[dict[str, Any]]:
+    """Sums to be answered, with what reasoning-gym scores an answer by."""
+    import reasoning_gym  # pyright: ignore[reportMissingImports]
+
+    for item in reasoning_gym.create_dataset("chain_sum", size=4096, seed=seed, **TASKS["chain_sum"]):
+        entry = {"question": item["question"], "answer": str(item["answer"]), "metadata": item["metadata"]}
+        user = {"role": "user", "content": item["question"].strip() + ASK}
+        yield {"prompt": [user], "answer": str(item["answer"]), "dataset": "chain_sum", "entry": entry}
+
+
 def question(row: dict[str, Any]) -> str:
     """What the row asks first."""
     return (row["prompt"] if "prompt" in row else row["messages"])[0]["content"]
@@ -98,7 +109,7 @@ def texts(seed: int) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=[*TASKS, "mixed", "pairs", "steps", "text"])
+    parser.add_argument("task", choices=[*TASKS, "mixed", "pairs", "steps", "tasks", "text"])
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out-from", type=Path, help="leave out questions that occur in this file")
@@ -112,6 +123,7 @@ def main() -> None:
         "mixed": lambda: mixed(args.rows, args.seed),
         "pairs": lambda: pairs(args.seed),
         "steps": lambda: steps(args.seed),
+        "tasks": lambda: tasks(args.seed),
         "text": lambda: texts(args.seed),
     }
     source = made.get(args.task, lambda: rows(args.task, args.seed))()
