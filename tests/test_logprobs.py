@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ft.errors import ModelError
-from ft.kernels import logprobs
+from ft.errors import ModelError, RecipeError
 from ft.kernels.logprobs import tiles, token_logps
 from ft.kernels.logprobs.cases import CASES, Case, Inputs, make
 
@@ -296,12 +295,14 @@ def test_equals_trl():
     torch.testing.assert_close(token_logps(*x.args(), **x.kwargs())[0], want)
 
 
-def test_what_cannot_run_says_why():
+def test_what_cannot_run_says_why(monkeypatch):
     x = make(Case(name="", N=3))
-    with pytest.raises(ModelError, match=r"no 'triton' implementation\n.*auto or one of: torch"):
-        token_logps(*x.args(), impl="triton")
     assert torch.equal(token_logps(*x.args(), impl="torch")[0], token_logps(*x.args())[0])
-    assert logprobs.IMPLS == ("torch",)
+    with pytest.raises(RecipeError, match=r"no such kernels\n.*auto, torch, triton\n.*cuda"):
+        token_logps(*x.args(), impl="cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RecipeError, match=r"Triton kernels cannot run here"):
+        token_logps(*x.args(), impl="triton")
 
 
 def test_wrong_inputs_are_refused():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ft.errors import ModelError
-from ft.kernels.logprobs import reference
+from ft.kernels.launch import check
+from ft.kernels.logprobs import autograd, reference
 from ft.kernels.logprobs.tiles import Options
-
-IMPLS = ("torch",)
-"""What can run today; "auto" takes the best of them."""
 
 
 def token_logps(
@@ -37,22 +36,30 @@ def token_logps(
     No more than a tile of logits exists at a time. Where only ``hidden`` needs a gradient, forward also forms the
     Jacobian d logp_n / d hidden_n, one row of width D a position, and backward only scales it; a head, bias or LoRA
     that is trained makes backward compute the tiles again. Products take the wider of the two types of ``hidden_ND``
-    and ``head_VD``; all sums are float32.
+    and ``head_VD``; all sums are float32. With ``impl="triton"`` logits are float32 too, but where forward forms the
+    Jacobian; float64 is for torch alone.
 
     Raises:
-        ModelError: tensors that do not fit each other, an option out of range, or an ``impl`` that cannot run.
+        ModelError: tensors that do not fit each other, or an option out of range.
+        RecipeError: an ``impl`` that cannot run.
     """
-    if impl not in ("auto", *IMPLS):
-        raise ModelError(
-            f"token_logps has no {impl!r} implementation",
-            expected=f"auto or one of: {', '.join(IMPLS)}",
-            got=impl,
-            fix="set model.kernels to auto",
-        )
     options = Options(temperature=temperature, softcap=softcap, scale=scale, entropy=entropy)
     A_rD, B_Vr, s = lora or (None, None, 1.0)
     _check(hidden_ND, head_VD, target_N, bias_V, A_rD, B_Vr)
-    return reference.token_logps(hidden_ND, head_VD, target_N, bias_V, A_rD, B_Vr, s, options)
+    passes = _passes(impl, hidden_ND, head_VD, target_N, bias_V, A_rD, B_Vr)
+    return autograd.token_logps(hidden_ND, head_VD, target_N, bias_V, A_rD, B_Vr, s, options, passes)
+
+
+def _passes(impl: str, *tensors: Tensor | None) -> autograd.Passes:
+    exact = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    chosen = check("torch" if exact and impl == "auto" else impl, *tensors)
+    if chosen == "torch":
+        return reference.PASSES
+    if exact:
+        raise ModelError("Triton's log-probs have no float64", fix="use impl='torch', or float32")
+    from ft.kernels.logprobs import triton
+
+    return triton.PASSES
 
 
 def _check(

@@ -1,331 +1,75 @@
-"""token_logps in plain torch, tile by tile, with its two backward forms.
+"""What token_logps does with one tile of logits, in plain torch: the reference of the Triton form.
 
 Shapes: N positions, V vocabulary, D model width, r LoRA rank; R positions of a block and C tokens of a tile.
-
-Each position's target is kept apart from the other tokens. With o = logsumexp over the others and t the target's z,
-
-    logp = logsigmoid(t - o)        1 - p_target = sigmoid(o - t)
-    d logp / d hidden = (1 - p_target) * (dz_target - sum over others of softmax_others * dz_other)
-
-which keep full relative precision where the model is almost certain, also when products are rounded to 16 bits;
-1 - p formed from p, or a target's row summed with the others, would lose it.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
-import torch.nn.functional as F
-from attrs import frozen
 from torch import Tensor
 
-from ft.kernels.logprobs.tiles import (
-    FORBIDDEN,
-    Head,
-    Options,
-    Work,
-    accumulate,
-    as_product,
-    flatness,
-    flatten_,
-    logits,
-    low_rank,
-    make_work,
-    place,
-    spans,
-)
-
-# ---- forward --------------------------------------------------------------------------------------------------------
-
-
-class _Block:
-    """Running sums over the vocabulary for one block of positions, relative to the largest other logit so far."""
-
-    def __init__(self, R: int, D: int, r: int, jacobian: bool, work: Work, device: torch.device):
-        def full(value: float, *shape: int) -> Tensor:
-            return torch.full(shape, value, dtype=work.wide, device=device)
-
-        self.target_R1 = full(math.nan, R, 1)  # a target that is in no tile stays NaN
-        self.most_R1 = full(0.1 * FORBIDDEN, R, 1)
-        self.sum_R1 = full(0.0, R, 1)  # of exp(z - most)
-        self.first_R1 = full(0.0, R, 1)  # of exp(z - most) * (z - most)
-        self.head_RD = full(0.0, R, D) if jacobian else None  # of exp(z - most) * head
-        self.B_Rr = full(0.0, R, r) if jacobian and r else None
-
-    def add(
-        self,
-        z_RC: Tensor,
-        tanh_RC: Tensor | None,
-        at: tuple[Tensor, Tensor],
-        part: Head,
-        options: Options,
-        work: Work,
-    ) -> None:
-        column_R1, inside_R1 = at
-        there_R1 = z_RC.gather(1, column_R1)
-        self.target_R1 = torch.where(inside_R1, there_R1, self.target_R1)
-        z_RC.scatter_(1, column_R1, there_R1.masked_fill_(inside_R1, FORBIDDEN))
-        self._rebase(z_RC.amax(1, keepdim=True))
-        z_RC.sub_(self.most_R1)
-        exp_RC = torch.exp(z_RC, out=work.view(work.tiles[-1], *z_RC.shape) if options.entropy else z_RC)
-        self.sum_R1 += exp_RC.sum(1, keepdim=True)
-        if options.entropy:
-            self.first_R1 += z_RC.mul_(exp_RC).sum(1, keepdim=True)
-        if self.head_RD is None:
-            return
-        tile_RC = as_product(flatten_(exp_RC, tanh_RC), work)
-        accumulate(self.head_RD, tile_RC, part.weight_VD, work)
-        if self.B_Rr is not None and part.B_Vr is not None:
-            accumulate(self.B_Rr, tile_RC, part.B_Vr, work)
-
-    def _rebase(self, tile_most_R1: Tensor) -> None:
-        most_R1 = torch.maximum(self.most_R1, tile_most_R1)
-        change_R1 = self.most_R1 - most_R1
-        shrink_R1 = change_R1.exp()
-        self.first_R1 = shrink_R1 * (self.first_R1 + self.sum_R1 * change_R1)
-        self.sum_R1 *= shrink_R1
-        for sums in (self.head_RD, self.B_Rr):
-            if sums is not None:
-                sums.mul_(shrink_R1)
-        self.most_R1 = most_R1
-
-    def results(self, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(logp_R1, logsumexp of all z, entropy)."""
-        others_R1 = self.most_R1 + self.sum_R1.log()
-        logp_R1 = F.logsigmoid(self.target_R1 - others_R1)
-        lse_R1 = torch.logaddexp(self.target_R1, others_R1)
-        return logp_R1, lse_R1, self._entropy(logp_R1, others_R1) if options.entropy else None
-
-    def _entropy(self, logp_R1: Tensor, others_R1: Tensor) -> Tensor:
-        """Entropy of target-or-other, plus that among the others where it is one of them."""
-        logq_R1 = F.logsigmoid(others_R1 - self.target_R1)
-        among_R1 = self.sum_R1.log() - self.first_R1 / self.sum_R1
-        other_R1 = torch.where(logq_R1 > -1000.0, logq_R1.exp() * (among_R1 - logq_R1), 0.0)
-        return other_R1 - torch.where(logp_R1 > -1000.0, logp_R1.exp() * logp_R1, 0.0)
-
-    def jacobian(self, target_R: Tensor, head: Head, options: Options) -> Tensor:
-        """d logp / d hidden."""
-        assert self.head_RD is not None
-        others_R1 = self.most_R1 + self.sum_R1.log()
-        other_R1 = torch.sigmoid(others_R1 - self.target_R1).mul_(options.slope)
-        flat_R1 = flatness(self.target_R1, options)
-        mean_R1 = self.sum_R1.clamp(min=torch.finfo(self.sum_R1.dtype).tiny)
-        grad_RD = self.head_RD.div_(mean_R1).neg_().add_(head.weight_VD[target_R] * flat_R1).mul_(other_R1)
-        if self.B_Rr is not None and head.A_rD is not None and head.B_Vr is not None:
-            grad_Rr = self.B_Rr.div_(mean_R1).neg_().add_(head.B_Vr[target_R] * flat_R1).mul_(other_R1)
-            grad_RD.addmm_(grad_Rr, head.A_rD.to(grad_Rr.dtype), alpha=head.s)
-        return grad_RD
-
-
-@frozen(kw_only=True, eq=False)
-class Forward:
-    logp_N: Tensor
-    lse_N: Tensor
-    entropy_N: Tensor | None
-    jacobian_ND: Tensor | None
+from ft.kernels.logprobs import passes
+from ft.kernels.logprobs.autograd import Passes
+from ft.kernels.logprobs.passes import Block, Forward, Grads, Scores, Tile
+from ft.kernels.logprobs.tiles import FORBIDDEN, Head, Options, as_product, flatten_, logits, place
 
 
 def forward(hidden_ND: Tensor, head: Head, target_N: Tensor, options: Options, *, jacobian: bool) -> Forward:
-    """One pass over the vocabulary for each block of positions."""
-    work = make_work(hidden_ND, head.weight_VD, 1 + options.entropy + bool(options.softcap and jacobian))
-    (N, D), V, device = hidden_ND.shape, len(head.weight_VD), hidden_ND.device
-    empty = {"dtype": work.wide, "device": device}
-    logp_N, lse_N = torch.empty(N, **empty), torch.empty(N, **empty)
-    entropy_N = torch.empty(N, **empty) if options.entropy else None
-    jacobian_ND = torch.empty(N, D, **empty) if jacobian else None
-    for start, stop in spans(N, work.rows):
-        hidden_RD, target_R = hidden_ND[start:stop].to(work.dtype), target_N[start:stop]
-        low_Rr = low_rank(hidden_RD, head, work.dtype)
-        block = _Block(stop - start, D, 0 if low_Rr is None else low_Rr.shape[1], jacobian, work, device)
-        for first, last in spans(V, work.cols):
-            part = head.columns(first, last, work.dtype)
-            z_RC, tanh_RC = logits(hidden_RD, low_Rr, part, options, work, tanh=jacobian)
-            block.add(z_RC, tanh_RC, place(target_R[:, None], first, last), part, options, work)
-        logp_R1, lse_R1, entropy_R1 = block.results(options)
-        logp_N[start:stop], lse_N[start:stop] = logp_R1[:, 0], lse_R1[:, 0]
-        if entropy_N is not None and entropy_R1 is not None:
-            entropy_N[start:stop] = entropy_R1[:, 0]
-        if jacobian_ND is not None:
-            jacobian_ND[start:stop] = block.jacobian(target_R, head, options)
-    return Forward(logp_N=logp_N, lse_N=lse_N, entropy_N=entropy_N, jacobian_ND=jacobian_ND)
+    """One pass; with ``jacobian`` it also forms d logp / d hidden."""
+    tiles = 1 + options.entropy + bool(options.softcap and jacobian)
+    return passes.forward(hidden_ND, head, target_N, options, jacobian=jacobian, add=_add, tiles=tiles)
 
 
-# ---- backward of a trained head --------------------------------------------------------------------------------------
+def _add(block: Block, tile: Tile) -> None:
+    options, work = tile.options, tile.work
+    jacobian = block.head_RD is not None
+    z_RC, tanh_RC = logits(tile.hidden_RD, tile.low_Rr, tile.part, options, work, tanh=jacobian)
+    column_R1, inside_R1 = place(tile.target_R[:, None], tile.first, tile.first + z_RC.shape[1])
+    there_R1 = z_RC.gather(1, column_R1)
+    block.target_R1 = torch.where(inside_R1, there_R1, block.target_R1)
+    z_RC.scatter_(1, column_R1, there_R1.masked_fill_(inside_R1, FORBIDDEN))
+    _rebase(block, z_RC.amax(1, keepdim=True))
+    z_RC.sub_(block.most_R1)
+    exp_RC = torch.exp(z_RC, out=work.view(work.tiles[-1], *z_RC.shape) if options.entropy else z_RC)
+    block.sum_R1 += exp_RC.sum(1, keepdim=True)
+    if options.entropy:
+        block.first_R1 += z_RC.mul_(exp_RC).sum(1, keepdim=True)
+    if jacobian:
+        block.gather(as_product(flatten_(exp_RC, tanh_RC), work), tile.part, work)
 
 
-@frozen(kw_only=True, eq=False)
-class Scores:
-    """What forward leaves for backward, and the gradient that arrives; all in the sums' type."""
-
-    grad_N: Tensor  # times the slope of z
-    logp_N: Tensor
-    lse_N: Tensor
-
-    def rows(self, start: int, stop: int) -> Scores:
-        return Scores(grad_N=self.grad_N[start:stop], logp_N=self.logp_N[start:stop], lse_N=self.lse_N[start:stop])
+def _rebase(block: Block, tile_most_R1: Tensor) -> None:
+    most_R1 = torch.maximum(block.most_R1, tile_most_R1)
+    change_R1 = block.most_R1 - most_R1
+    shrink_R1 = change_R1.exp()
+    block.first_R1 = shrink_R1 * (block.first_R1 + block.sum_R1 * change_R1)
+    block.sum_R1 *= shrink_R1
+    block.shrink(shrink_R1)
+    block.most_R1 = most_R1
 
 
-def _grad_tile(z_RC: Tensor, tanh_RC: Tensor | None, scores: Scores, at: tuple[Tensor, Tensor]) -> Tensor:
-    """d loss / d(product + bias), in place: grad * (onehot - p), times the softcap's slope."""
-    grad_R1, (column_R1, inside_R1) = scores.grad_N[:, None], at
+def backward(
+    scores: Scores, hidden_ND: Tensor, head: Head, target_N: Tensor, options: Options, needs: passes.Needs
+) -> Grads:
+    """Gradients of sum(grad_N * logp_N), by computing each tile of logits again."""
+    return passes.backward(
+        scores, hidden_ND, head, target_N, options, needs,
+        gradient_tile=_gradient_tile, tiles=2 if options.softcap else 1,
+    )  # fmt: skip
+
+
+def _gradient_tile(tile: Tile, scores: Scores, bias_C: Tensor | None) -> Tensor:
+    """grad * (onehot - p), times the softcap's slope."""
+    z_RC, tanh_RC = logits(tile.hidden_RD, tile.low_Rr, tile.part, tile.options, tile.work, tanh=True)
+    column_R1, inside_R1 = place(tile.target_R[:, None], tile.first, tile.first + z_RC.shape[1])
+    grad_R1 = scores.grad_N[:, None]
     z_RC.sub_(scores.lse_N[:, None]).exp_().mul_(-grad_R1)
     target_R1 = grad_R1 * -torch.expm1(scores.logp_N)[:, None]
     z_RC.scatter_(1, column_R1, torch.where(inside_R1, target_R1, z_RC.gather(1, column_R1)))
-    return flatten_(z_RC, tanh_RC)
+    flatten_(z_RC, tanh_RC)
+    if bias_C is not None:
+        bias_C += z_RC.sum(0)
+    return as_product(z_RC, tile.work)
 
 
-@frozen(kw_only=True, eq=False)
-class Sums:
-    """Gradients in the sums' type: of all positions, or of the tokens of one tile. None where none is wanted."""
-
-    hidden: Tensor | None
-    low: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    B: Tensor | None
-
-
-def _add_tile(sums: Sums, tile_RC: Tensor, hidden_RD: Tensor, low_Rr: Tensor | None, part: Head, work: Work) -> None:
-    if sums.bias is not None:
-        sums.bias.add_(tile_RC.sum(0))
-    tile_RC = as_product(tile_RC, work)
-    if sums.hidden is not None:
-        accumulate(sums.hidden, tile_RC, part.weight_VD, work)
-    if sums.low is not None and part.B_Vr is not None:
-        accumulate(sums.low, tile_RC, part.B_Vr, work)
-    if sums.weight is not None:
-        accumulate(sums.weight, tile_RC.T, hidden_RD, work)
-    if sums.B is not None and low_Rr is not None:
-        accumulate(sums.B, tile_RC.T, low_Rr, work)
-
-
-Needs = tuple[bool, bool, bool, bool, bool]  # hidden, weight, bias, A, B
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def backward(scores: Scores, hidden_ND: Tensor, head: Head, target_N: Tensor, options: Options, needs: Needs) -> Grads:
-    """Gradients of sum(grad_N * logp_N), by computing each tile of logits again.
-
-    The vocabulary is the outer loop, so that a tile's rows of the head's gradient are summed in float32 and rounded
-    once, without a float32 copy of the whole.
-    """
-    work = make_work(hidden_ND, head.weight_VD, 2 if options.softcap else 1)
-    (N, D), V = hidden_ND.shape, len(head.weight_VD)
-
-    def zeros(wanted: bool, *shape: int) -> Tensor | None:
-        return torch.zeros(shape, dtype=work.wide, device=hidden_ND.device) if wanted else None
-
-    hidden_cast_ND = hidden_ND.to(work.dtype)
-    low_Nr = low_rank(hidden_cast_ND, head, work.dtype)
-    r = 0 if low_Nr is None else low_Nr.shape[1]
-    grad_ND, grad_Nr = zeros(needs[0], N, D), zeros(bool(r) and (needs[0] or needs[3]), N, r)
-    whole = [torch.empty_like(t) if need and t is not None else None
-             for t, need in ((head.weight_VD, needs[1]), (head.bias_V, needs[2]), (head.B_Vr, needs[4]))]  # fmt: skip
-    for first, last in spans(V, work.cols):
-        part, C = head.columns(first, last, work.dtype), last - first
-        mine = zeros(needs[1], C, D), zeros(needs[2], C), zeros(needs[4], C, r)
-        for start, stop in spans(N, work.rows):
-            hidden_RD, low_Rr = hidden_cast_ND[start:stop], None if low_Nr is None else low_Nr[start:stop]
-            z_RC, tanh_RC = logits(hidden_RD, low_Rr, part, options, work, tanh=True)
-            at = place(target_N[start:stop, None], first, last)
-            tile_RC = _grad_tile(z_RC, tanh_RC, scores.rows(start, stop), at)
-            rows_RD, rows_Rr = (None if t is None else t[start:stop] for t in (grad_ND, grad_Nr))
-            sums = Sums(hidden=rows_RD, low=rows_Rr, weight=mine[0], bias=mine[1], B=mine[2])
-            _add_tile(sums, tile_RC, hidden_RD, low_Rr, part, work)
-        for total, tile in zip(whole, mine, strict=True):
-            if total is not None and tile is not None:
-                total[first:last] = tile
-    grad_A = None
-    if grad_Nr is not None and head.A_rD is not None:
-        grad_Nr *= head.s
-        if grad_ND is not None:
-            grad_ND.addmm_(grad_Nr, head.A_rD.to(work.wide))
-        if needs[3]:
-            grad_A = (grad_Nr.T @ hidden_ND.to(work.wide)).to(head.A_rD.dtype)
-    return None if grad_ND is None else grad_ND.to(hidden_ND.dtype), whole[0], whole[1], grad_A, whole[2]
-
-
-# ---- autograd --------------------------------------------------------------------------------------------------------
-
-
-def _no_autocast(device: torch.device) -> torch.autocast:
-    """Types are chosen here, whatever surrounds the call."""
-    return torch.autocast(device.type, enabled=False)
-
-
-class _Frozen(torch.autograd.Function):
-    """Only ``hidden`` needs a gradient: its Jacobian is formed in forward, and backward scales its rows."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head: Head, target_N: Tensor, options: Options) -> Any:
-        out = forward(hidden_ND, head, target_N, options, jacobian=True)
-        ctx.save_for_backward(out.jacobian_ND)
-        ctx.dtype = hidden_ND.dtype
-        if out.entropy_N is not None:
-            ctx.mark_non_differentiable(out.entropy_N)
-        return out.logp_N, out.entropy_N
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_N: Tensor, _: Any) -> Any:  # type: ignore[override]
-        (jacobian_ND,) = ctx.saved_tensors
-        return (grad_N[:, None] * jacobian_ND).to(ctx.dtype), None, None, None
-
-
-class _Trained(torch.autograd.Function):
-    """The head, its bias or its LoRA is trained: backward goes over the vocabulary again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        A_rD: Tensor | None,
-        B_Vr: Tensor | None,
-        s: float,
-        target_N: Tensor,
-        options: Options,
-    ) -> Any:
-        head = Head(weight_VD=weight_VD, bias_V=bias_V, A_rD=A_rD, B_Vr=B_Vr, s=s)
-        out = forward(hidden_ND, head, target_N, options, jacobian=False)
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, A_rD, B_Vr, target_N, out.logp_N, out.lse_N)
-        ctx.s, ctx.options = s, options
-        if out.entropy_N is not None:
-            ctx.mark_non_differentiable(out.entropy_N)
-        return out.logp_N, out.entropy_N
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_N: Tensor, _: Any) -> Any:  # type: ignore[override]
-        hidden_ND, weight_VD, bias_V, A_rD, B_Vr, target_N, logp_N, lse_N = ctx.saved_tensors
-        head = Head(weight_VD=weight_VD, bias_V=bias_V, A_rD=A_rD, B_Vr=B_Vr, s=ctx.s)
-        scores = Scores(grad_N=grad_N * ctx.options.slope, logp_N=logp_N, lse_N=lse_N)
-        with _no_autocast(hidden_ND.device):
-            grads = backward(scores, hidden_ND, head, target_N, ctx.options, ctx.needs_input_grad[:5])
-        return *grads, None, None, None
-
-
-def token_logps(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    target_N: Tensor,
-    bias_V: Tensor | None,
-    A_rD: Tensor | None,
-    B_Vr: Tensor | None,
-    s: float,
-    options: Options,
-) -> tuple[Tensor, Tensor | None]:
-    """See ``ft.kernels.logprobs.token_logps``; here the path is chosen by what needs a gradient."""
-    trained = any(t is not None and t.requires_grad for t in (weight_VD, bias_V, A_rD, B_Vr))
-    with _no_autocast(hidden_ND.device):
-        if torch.is_grad_enabled() and trained:
-            return _Trained.apply(hidden_ND, weight_VD, bias_V, A_rD, B_Vr, s, target_N, options)  # type: ignore
-        head = Head(weight_VD=weight_VD, bias_V=bias_V, A_rD=A_rD, B_Vr=B_Vr, s=s)
-        if torch.is_grad_enabled() and hidden_ND.requires_grad:
-            return _Frozen.apply(hidden_ND, head, target_N, options)  # type: ignore
-        with torch.no_grad():
-            out = forward(hidden_ND, head, target_N, options, jacobian=False)
-        return out.logp_N, out.entropy_N
+PASSES = Passes(forward, backward)

@@ -87,7 +87,8 @@ def make_work(hidden_ND: Tensor, head_VD: Tensor, tiles: int) -> Work:
     rows = max(1, -(-N // blocks))  # equal blocks: a small last one would read the whole head again
     cols = min(V, max(1, TILE[kind] // rows), max(4096, V // 16))
     memory = tuple(torch.empty(rows * cols, dtype=wide, device=device) for _ in range(tiles))
-    product = memory[0] if wide == dtype else torch.empty(rows * cols, dtype=dtype, device=device)
+    own = wide != dtype or not memory
+    product = torch.empty(rows * cols, dtype=dtype, device=device) if own else memory[0]
     return Work(dtype=dtype, wide=wide, rows=rows, cols=cols, product=product, tiles=memory)
 
 
@@ -100,16 +101,24 @@ def low_rank(hidden_RD: Tensor, head: Head, dtype: torch.dtype) -> Tensor | None
     return None if head.A_rD is None else hidden_RD @ (head.A_rD.to(dtype).T * head.s)
 
 
+def product(hidden_RD: Tensor, low_Rr: Tensor | None, part: Head, options: Options, work: Work) -> Tensor:
+    """The products of one tile, in their own type, times what stands before tanh, or before z."""
+    slope = options.scale / options.softcap if options.softcap else options.slope
+    product_RC = work.view(work.product, len(hidden_RD), len(part.weight_VD))
+    torch.addmm(product_RC, hidden_RD, part.weight_VD.T, beta=0, alpha=slope, out=product_RC)
+    if low_Rr is not None and part.B_Vr is not None:
+        product_RC.addmm_(low_Rr, part.B_Vr.T, alpha=slope)
+    return product_RC
+
+
 def logits(
     hidden_RD: Tensor, low_Rr: Tensor | None, part: Head, options: Options, work: Work, *, tanh: bool
 ) -> tuple[Tensor, Tensor | None]:
     """z of one tile, in the sums' type; and, if ``tanh`` and there is a softcap, tanh(x / softcap)."""
     slope = options.scale / options.softcap if options.softcap else options.slope
-    R, C = len(hidden_RD), len(part.weight_VD)
-    z_RC, product_RC = work.view(work.tiles[0], R, C), work.view(work.product, R, C)
-    torch.addmm(product_RC, hidden_RD, part.weight_VD.T, beta=0, alpha=slope, out=product_RC)
-    if low_Rr is not None and part.B_Vr is not None:
-        product_RC.addmm_(low_Rr, part.B_Vr.T, alpha=slope)
+    product_RC = product(hidden_RD, low_Rr, part, options, work)
+    R, C = product_RC.shape
+    z_RC = work.view(work.tiles[0], R, C)
     if work.dtype != work.wide:
         z_RC.copy_(product_RC)
     if part.bias_V is not None:
