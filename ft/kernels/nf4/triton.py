@@ -46,13 +46,6 @@ def _scale(absmax, absmax2, offset, table, block, mask):
 
 
 @triton.jit
-def _values(code, byte):
-    """float32 codes of each byte's two halves, side by side in the last dimension."""
-    byte = byte.to(tl.int32)
-    return tl.interleave(tl.load(code + (byte >> 4)), tl.load(code + (byte & 15)))
-
-
-@triton.jit
 def dequantise_kernel(
     packed, absmax, absmax2, offset, code, table, index, out, n, bytes, row_blocks,
     HALF: tl.constexpr, BLOCKS: tl.constexpr, ROUND: tl.constexpr,
@@ -69,7 +62,8 @@ def dequantise_kernel(
     inside_BH = block_B[:, None] * HALF + byte_H[None, :] < bytes
     byte_BH = tl.load(packed + source_B[:, None] * HALF + byte_H[None, :], inside_BH, 0)
     scale_B = _scale(absmax, absmax2, offset, table, source_B, inside_B)
-    value = _values(code, byte_BH) * scale_B[:, None]
+    high_BH, low_BH = (byte_BH >> 4).to(tl.int32), (byte_BH & 15).to(tl.int32)
+    value = tl.interleave(tl.load(code + high_BH), tl.load(code + low_BH)) * scale_B[:, None]
     at = block_B[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
     tl.store(out + at, value.to(ROUND).to(out.dtype.element_ty), at < n)
 
@@ -107,7 +101,10 @@ def _tile(
     inside_n = row_n < N
     scale_n = _scale(absmax, absmax2, offset, table, first_n // BLOCK, inside_n)
     byte_at = (first_n // 2)[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
-    return _values(code, tl.load(packed + byte_at, inside_n[:, None], 0)) * scale_n[:, None]
+    byte = tl.load(packed + byte_at, inside_n[:, None], 0).to(tl.int32)
+    # Looked up among a warp's registers: loads here would be pipelined like those of the weight, each on its own.
+    code = tl.broadcast_to(tl.load(code + tl.arange(0, 16))[None, :], (row_n.shape[0], 16))
+    return tl.interleave(tl.gather(code, byte >> 4, 1), tl.gather(code, byte & 15, 1)) * scale_n[:, None]
 
 
 @triton.jit
