@@ -119,7 +119,8 @@ def register(family: str) -> None:
     config_class: Any = CONFIG_MAPPING[family]
     for kind, (mapping, auto, _, _) in _KINDS.items():
         if mapping.get(config_class, None) is None:
-            auto.register(config_class, _made(kind, causal_class(config_class())))
+            # without exist_ok transformers passes over its own configs, and does not say so
+            auto.register(config_class, _made(kind, causal_class(config_class())), exist_ok=True)
 
 
 def parts(model: Any) -> dict[str, nn.Parameter]:
