@@ -3,9 +3,12 @@
     python bench/losses.py [--rows 32] [--columns 2048] [--fill 1.0] [--rounds 21] [--only grpo] [--dry]
 
 They take padded [B, W] tensors; ft takes the same tokens packed, or for preference losses the rows' sums, made the
-same way on both sides. TRL's functions are called without a trainer, as the tests call them, so their metrics are
-counted, as ours are; its DPO and KTO functions also average what its model would give besides log-probs (entropy,
-top-1 hits). ``--fill`` below 1 makes rows of random length: ft then has fewer tokens to go through, which is the point
+same way on both sides. Sequences are told by offsets, and advantages given one a row where the ratio is the row's, as
+theirs are. TRL's functions are called without a trainer, as the tests call them, so their metrics are counted, as ours
+are, though they are not the same: TRL averages the entropy (two passes over the tokens), ft the drift from the old
+policy and the extremes of the ratio (eleven), and Liger logs less than either. TRL's RLOO is given the old log-probs
+summed beforehand. Its DPO and KTO functions also average what its model would give besides log-probs (entropy, top-1
+hits). ``--fill`` below 1 makes rows of random length: ft then has fewer tokens to go through, which is the point
 of packing, but not of this comparison. Contenders take turns in one process; figures are medians. ``MB`` is the peak
 of what one step allocates beyond its inputs, as PyTorch's profiler counts it, so freed temporaries count while they
 stand. ``ratio`` is ft's time over theirs, below 1 where ft is the faster; ``best`` is the ratio of the least
@@ -83,14 +86,24 @@ def policy_pairs(c: policy.Case) -> list[Pair]:
     """Everything given is packed beforehand: a training loop that packs never had it otherwise."""
     logp_T, old_T, adv_T, mask_T = (x.detach().contiguous() for x in c.args)
     logp_T.requires_grad_()
-    seq_T, ref_T, rows = c.seq_T, c.pack(c.ref_BW), len(c.adv_B)
+    ref_T, rows = c.pack(c.ref_BW), len(c.adv_B)
+    cu_S1 = torch.nn.functional.pad(c.real_BW.sum(1).cumsum(0), (1, 0))
     mask_BW, width = c.mask_BW.float(), float(c.mask_BW.shape[1])
     inputs = policy.trl_inputs(c) | {"completion_mask": mask_BW, "num_items_in_batch": mask_BW.sum()}
     inputs |= {"prompt_ids": torch.zeros(rows, 1), "prompt_mask": torch.ones(rows, 1), "completion_ids": mask_BW}
     kl: dict[str, Any] = {"ref_logp_T": ref_T, "kl_coef": 0.05}
 
+    def seqs(loss: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+        by_token = "aggregate" not in options and loss in (grpo, cispo, vespo)
+        return {} if by_token else {"seqs": rows}
+
     def ours(loss: Callable[..., Any], **options: Any) -> Step:
-        return lambda: loss(logp_T, old_T, adv_T, mask_T, seq_T=seq_T, seqs=rows, **options).loss
+        options |= seqs(loss, options)
+        return lambda: loss(logp_T, old_T, adv_T, mask_T, cu_S1=cu_S1, **options).loss
+
+    def by_row(loss: Callable[..., Any], **options: Any) -> Step:
+        options |= seqs(loss, options)
+        return lambda: loss(logp_T, old_T, None, mask_T, cu_S1=cu_S1, adv_S=c.adv_B, **options).loss
 
     def trl(trainer: str = "GRPOTrainer", **options: Any) -> Step:
         import trl
@@ -121,14 +134,14 @@ def policy_pairs(c: policy.Case) -> list[Pair]:
          {"TRL": trl(loss_type="grpo"), "Liger": liger(loss_type="grpo")}),
         ("grpo, constant (Dr. GRPO)", ours(grpo, **constant),
          {"TRL": trl(loss_type="dr_grpo"), "Liger": liger(loss_type="dr_grpo")}),
-        ("grpo, level=sequence (GSPO)", ours(grpo, **sequence), {"TRL": trl(**gspo), "Liger": liger(**gspo)}),
+        ("grpo, level=sequence (GSPO)", by_row(grpo, **sequence), {"TRL": trl(**gspo), "Liger": liger(**gspo)}),
         ("cispo", ours(cispo, cap=1.2), {"TRL": trl(loss_type="cispo", epsilon_high=1.2),
                                          "Liger": liger(loss_type="cispo", epsilon_high=1.2)}),
         ("sapo", ours(sapo), {"TRL": trl(loss_type="sapo"), "Liger": liger(loss_type="sapo")}),
         ("vespo", ours(vespo), {"TRL": trl(loss_type="vespo"), "Liger": liger(loss_type="vespo")}),
-        ("luspo", ours(luspo), {"TRL": trl(**luspo_trl)}),
+        ("luspo", by_row(luspo), {"TRL": trl(**luspo_trl)}),
         ("gmpo", ours(gmpo), {"TRL": trl("GMPOTrainer", epsilon_low=0.4, epsilon_high=0.4)}),
-        ("rloo", ours(rloo), {"TRL": trl("RLOOTrainer")}),
+        ("rloo", by_row(rloo), {"TRL": trl("RLOOTrainer")}),
     ]  # fmt: skip
     return [
         Pair(loss, oracle, mine, theirs, logp_T, c.logp_BW)

@@ -163,19 +163,25 @@ class Comparison(NamedTuple):
     masked_row: bool = True  # False: they count a row with nothing trained as an answer of ratio 1, and we do not
 
 
+def _rows(loss: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """The options, and ``seqs=4`` unless tokens are averaged: TRL and Liger divide by rows, masked ones included."""
+    by_token = options.get("aggregate", "token") == "token" and loss in (grpo, cispo, vespo)
+    return options if by_token else {"seqs": 4, **options}
+
+
 def _ours(loss: Callable[..., Any], **options: Any) -> Loss:
-    """``seqs=4``: TRL and Liger divide by rows, masked ones included."""
-    return lambda c: loss(*c.args, seq_T=c.seq_T, seqs=4, **options).loss
+    return lambda c: loss(*c.args, seq_T=c.seq_T, **_rows(loss, **options)).loss
 
 
 def _with_kl(loss: Callable[..., Any], **options: Any) -> Loss:
-    return lambda c: loss(*c.args, seq_T=c.seq_T, seqs=4, ref_logp_T=c.pack(c.ref_BW), kl_coef=0.5, **options).loss
+    kl: dict[str, Any] = {"kl_coef": 0.5, **_rows(loss, **options)}
+    return lambda c: loss(*c.args, seq_T=c.seq_T, ref_logp_T=c.pack(c.ref_BW), **kl).loss
 
 
 def _with_is(loss: Callable[..., Any], **options: Any) -> Loss:
     def ours(c: Case) -> Tensor:
         w_T = c.is_weight_T(level="token", cap=3.0)
-        return loss(*c.args, seq_T=c.seq_T, seqs=4, is_weight_T=w_T, **options).loss
+        return loss(*c.args, seq_T=c.seq_T, is_weight_T=w_T, **_rows(loss, **options)).loss
 
     return ours
 
@@ -189,7 +195,7 @@ def _off_policy(c: Case) -> Tensor:
 def _top(loss: Callable[..., Any], **options: Any) -> Loss:
     def ours(c: Case) -> Tensor:
         keep_T = top(c.pack(c.entropy_BW), c.args[3], fraction=0.4)
-        return loss(*c.args, keep_T=keep_T, seq_T=c.seq_T, seqs=4, **options).loss
+        return loss(*c.args, keep_T=keep_T, seq_T=c.seq_T, **_rows(loss, **options)).loss
 
     return ours
 

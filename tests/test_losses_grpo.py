@@ -59,6 +59,9 @@ LOSSES: dict[str, Callable[..., LossOutput]] = {
 STOPPED = ("reinforce", "gspo_token", "cispo", "vespo", "dppo", "dppo_kl")
 """Losses whose gradient is by design not that of their value: numerical differentiation does not apply."""
 
+BY_TOKEN = ("dapo", "gspo_token", "dual", "free", "reinforce", "cispo", "vespo", "dppo", "dppo_kl")
+"""Averaged over tokens: they refuse a number of sequences."""
+
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 
 
@@ -246,11 +249,12 @@ def test_with_one_advantage_a_sequence_gspo_token_has_the_gradient_of_gspo() -> 
         torch.testing.assert_close(grad(outs[0], logp_T), grad(outs[1], logp_T))
 
 
-@every_loss
-def test_any_split_into_parts_adds_up_to_the_whole(loss: Callable[..., LossOutput]) -> None:
-    logp_T, old_T, adv_T, ref_T = sample()
+@pytest.mark.parametrize("name", LOSSES)
+def test_any_split_into_parts_adds_up_to_the_whole(name: str) -> None:
+    loss, (logp_T, old_T, adv_T, ref_T) = LOSSES[name], sample()
     weight_T = torch.linspace(0.5, 1.5, 10, dtype=torch.float64)
-    extra: dict[str, Any] = {"kl_coef": 0.3, "kl_bias_correction": True, "tokens": MASK_T.sum(), "seqs": 4}
+    extra: dict[str, Any] = {"kl_coef": 0.3, "kl_bias_correction": True, "tokens": MASK_T.sum()}
+    extra |= {} if name in BY_TOKEN else {"seqs": 4}
 
     def share(where_T: Tensor) -> LossOutput:
         """The part of a rank that holds these sequences, renumbered from 0."""
@@ -281,6 +285,51 @@ def test_order_and_numbering_of_sequences_do_not_matter(loss: Callable[..., Loss
     moved = loss(*args, seq_T=torch.tensor([3, 7, 0, 5])[SEQ_T][order_T])
     torch.testing.assert_close(moved.loss, whole.loss)
     torch.testing.assert_close(grad(moved, logp_T), grad(whole, logp_T))
+
+
+@every_loss
+@pytest.mark.parametrize("filler", [0, 3])
+def test_offsets_and_advantages_of_sequences_give_what_ids_give(loss: Callable[..., LossOutput], filler: int) -> None:
+    """The third of five sequences has no token at all. Filler holds NaN, and belongs to none."""
+    logp_T, old_T, adv_T, ref_T = sample()
+    mask_T, cu_S1 = MASK_T.clone(), torch.tensor([0, 3, 5, 5, 9, 10])
+    mask_T[3:5] = False
+    streams: dict[str, Any] = {"ref_logp_T": ref_T, "is_weight_T": torch.linspace(0.5, 1.5, 10), "keep_T": adv_T < 1}
+    extra: dict[str, Any] = {"kl_coef": 0.3, "kl_bias_correction": True}
+    by_id = loss(logp_T, old_T, adv_T, mask_T, seq_T=SEQ_T, **streams, **extra)
+
+    def longer(x_T: Tensor) -> Tensor:
+        return torch.cat([x_T, torch.full((filler,), math.nan).to(x_T.dtype)])
+
+    args, padded_T = [longer(x_T) for x_T in (logp_T, old_T, adv_T)], torch.cat([mask_T, torch.zeros(filler).bool()])
+    extra |= {"cu_S1": cu_S1.int(), **{name: longer(x_T) for name, x_T in streams.items()}}
+    adv_S = torch.tensor([1.0, math.nan, math.nan, 0.7, -1.3])  # of sequences with nothing trained: never seen
+    for adv in ({"adv_S": adv_S}, {}):
+        offsets = loss(*args[:2], None if adv else args[2], padded_T, **extra, **adv)
+        torch.testing.assert_close(offsets.loss, by_id.loss)
+        torch.testing.assert_close(grad(offsets, logp_T), grad(by_id, logp_T))
+        for name, value in [*by_id.sums.items(), *by_id.maxes.items()]:
+            torch.testing.assert_close({**offsets.sums, **offsets.maxes}[name], value, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"cu_S1": torch.tensor([0, 10]), "seq_T": SEQ_T}, "got both"),
+        ({"cu_S1": torch.tensor([0, 11])}, "offsets that rise from 0 to 10"),
+        ({"cu_S1": torch.tensor([0, 6, 5])}, "offsets that rise"),
+        ({"cu_S1": torch.tensor([0.0, 10.0])}, "S \\+ 1 integers"),
+        ({"cu_S1": torch.tensor([0, 5, 10]), "adv_S": torch.ones(2)}, "adv_T and adv_S; got both"),
+        ({"cu_S1": torch.tensor([0, 5, 10]), "adv_S": torch.ones(3), "adv_T": None}, "one length"),
+        ({"seq_T": SEQ_T, "adv_S": torch.ones(4), "adv_T": None}, "expected with cu_S1"),
+        ({"adv_T": None, "seq_T": SEQ_T}, "got neither"),
+    ],
+)
+def test_sequences_and_advantages_that_contradict_are_refused(given: dict[str, Any], said: str) -> None:
+    logp_T, old_T, adv_T, _ = sample()
+    adv_T = given.pop("adv_T", adv_T)
+    with pytest.raises(ValueError, match=said):
+        grpo(logp_T, old_T, adv_T, MASK_T, level="sequence", **given)
 
 
 @pytest.mark.parametrize("name", [n for n in LOSSES if n not in STOPPED])
@@ -356,6 +405,9 @@ def test_nothing_waits_for_the_device(loss: Callable[..., LossOutput]) -> None:
     options: dict[str, Any] = {"ref_logp_T": ref_T, "kl_coef": 0.1, "is_weight_T": old_T, "keep_T": mask_T}
     out = loss(logp_T.requires_grad_(), old_T, adv_T, mask_T, seq_T=seq_T, **options)
     assert grad(out, logp_T).shape == (10,)
+    cu_S1, adv_S = torch.zeros(5, dtype=torch.int32, device="meta"), torch.zeros(4, device="meta")
+    out = loss(logp_T, old_T, None, mask_T, cu_S1=cu_S1, adv_S=adv_S, **options)
+    assert grad(out, logp_T).shape == (10,)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -364,6 +416,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "sequence level without ids": ({"level": "sequence"}, "expected seq_T"),
     "sequence average without ids": ({"aggregate": "sequence"}, "expected seq_T"),
     "constant missing": ({"aggregate": "constant", "seqs": 1}, "constant: expected a number"),
+    "sequences counted where tokens are": ({"seqs": 4}, "seqs: expected with aggregate='sequence'"),
     "constant unused": ({"constant": 5.0}, "constant: expected a number"),
     "kl kind": ({"kl": "k4"}, "kl: expected one of k1"),
     "kl without reference": ({"kl_coef": 0.1}, "expected ref_logp_T"),

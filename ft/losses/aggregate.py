@@ -1,9 +1,11 @@
 """Sums over the sequences of a packed row, and the three ways of averaging a per-token loss.
 
-Shapes: T packed tokens, whose sequences are told apart by ``seq_T``: ids of 0 .. T in any order (T tokens can never
-have more when sequences are numbered from 0; filler has the number after the last). S places of sums, R runs of equal
-ids. The number of sequences is known to no tensor's shape, and asking a device for it would stall the step: there sums
-lie in T + 1 places. A processor answers at once, and sums by runs, which takes a quarter of the time.
+Shapes: T packed tokens, S places of sums, R runs of tokens that lie together. Sequences are told apart in one of two
+ways. ``cu_S1`` says where each begins, as packing lays them: sequence s owns tokens cu_S1[s] : cu_S1[s + 1], and what
+comes after the last is filler; S is then the number of sequences. ``seq_T`` holds ids of 0 .. T in any order (T tokens
+can never have more when sequences are numbered from 0; filler has the number after the last). Their number is then
+known to no tensor's shape, and asking a device for it would stall the step: there sums lie in T + 1 places. A processor
+answers at once, and sums by runs, which takes a quarter of the time.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ft.losses.reduce import Count, check_number, check_option, check_same, share, upcast
@@ -28,6 +31,17 @@ def check_tokens(what: str, mask_T: Tensor, seq_T: Tensor | None, **tensors: Ten
         raise ValueError(f"{what}: expected seq_T of torch.int64 or int32, got {seq_T.dtype}")
 
 
+def sequences_of(what: str, mask_T: Tensor, seq_T: Tensor | None, cu_S1: Tensor | None) -> Sequences | None:
+    """The sequences that either argument tells apart; None without them, a refusal of both."""
+    if cu_S1 is None:
+        return None if seq_T is None else Sequences(seq_T, mask_T)
+    if seq_T is not None:
+        raise ValueError(f"{what}: expected seq_T or cu_S1, which say the same; got both")
+    if cu_S1.dim() != 1 or not cu_S1.numel() or cu_S1.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{what}: expected cu_S1 of S + 1 integers, got {tuple(cu_S1.shape)} of {cu_S1.dtype}")
+    return Sequences(None, mask_T, cu_S1)
+
+
 def needs_seq(what: str, seq_T: Tensor | None) -> Tensor:
     """``seq_T``, or a refusal that says which option asked for it."""
     if seq_T is None:
@@ -36,15 +50,17 @@ def needs_seq(what: str, seq_T: Tensor | None) -> Tensor:
 
 
 class _Runs(NamedTuple):
+    """The tokens that lie together. R is S, in order, where no sequence has two runs: ``place_R`` is then None."""
+
     start_R1: Tensor
-    place_R: Tensor  # of each run, among the S sums
+    place_R: Tensor | None  # of each run, among the S sums
 
 
 class Sequences:
     """Which tokens share a sequence, worked out when first asked for and once. ``mask_T`` says which are trained."""
 
-    def __init__(self, seq_T: Tensor, mask_T: Tensor) -> None:
-        self.seq_T, self.mask_T = seq_T, mask_T
+    def __init__(self, seq_T: Tensor | None, mask_T: Tensor, cu_S1: Tensor | None = None) -> None:
+        self.seq_T, self.mask_T, self.cu_S1 = seq_T, mask_T, cu_S1
 
     def sum(self, x_T: Tensor) -> Tensor:
         """At each token the sum of ``x_T`` over its own sequence. Differentiable."""
@@ -57,47 +73,63 @@ class Sequences:
     @cached_property
     def length_T(self) -> Tensor:
         """At each token the number of trained tokens of its sequence, at least 1, in float32."""
-        return self.lay(self.length_S)
+        return self.lay(self.length_S).clamp_(min=1)
 
     @cached_property
     def length_S(self) -> Tensor:
         """The same in the order of ``sums``."""
-        return self._trained_S.clamp(min=1)
+        return self.trained_S.clamp(min=1)
 
     @cached_property
     def trained(self) -> Tensor:
         """How many sequences have a trained token, 0-d."""
-        return (self._trained_S > 0).sum()
+        return (self.trained_S > 0).sum()
 
     @cached_property
-    def _trained_S(self) -> Tensor:
-        return self.sums(self.mask_T.float())
+    def trained_S(self) -> Tensor:
+        """The number of trained tokens of each, in the order of ``sums``, in float32."""
+        return self.sums(self.mask_T.view(torch.int8).float())
 
     def sums(self, x_T: Tensor) -> Tensor:
-        """One sum for each sequence, [S], in an order that only ``lay`` knows; 0 in places of no sequence."""
+        """One sum for each sequence, [S], 0 in places of no sequence. No gradient.
+
+        The order is that of ``cu_S1``; of ``seq_T``'s ids it is one that only ``lay`` knows.
+        """
         x_T = x_T.detach()
         if self._runs is None:
+            assert self.seq_T is not None
             return x_T.new_zeros(x_T.numel() + 1).index_add(0, self.seq_T, x_T)
         sum_R = torch.segment_reduce(x_T.contiguous(), "sum", offsets=self._runs.start_R1, unsafe=True)
-        return torch.zeros_like(sum_R).index_add(0, self._runs.place_R, sum_R)
+        place_R = self._runs.place_R
+        return sum_R if place_R is None else torch.zeros_like(sum_R).index_add(0, place_R, sum_R)
 
     def lay(self, x_S: Tensor) -> Tensor:
-        """The number of its sequence at each token."""
+        """The number of its sequence at each token; 0 at filler after the last of ``cu_S1``."""
         if self._runs is None:
+            assert self.seq_T is not None
             return x_S.index_select(0, self.seq_T)
-        x_R, length_R = x_S.index_select(0, self._runs.place_R), self._runs.start_R1.diff()
-        return x_R.repeat_interleave(length_R, output_size=self.seq_T.numel())
+        start_R1, place_R = self._runs
+        x_R = x_S if place_R is None else x_S.index_select(0, place_R)
+        like_T = x_S.new_empty(self.mask_T.shape)
+        # The gradient of a sum by runs lays a number at each of its tokens, in a third of the time of ids.
+        return torch.ops.aten._segment_reduce_backward(x_R, x_R, like_T, "sum", offsets=start_R1)
 
     @cached_property
     def _runs(self) -> _Runs | None:
-        T = self.seq_T.numel()
-        if self.seq_T.device.type != "cpu" or not T:
+        T, on_cpu = self.mask_T.numel(), self.mask_T.device.type == "cpu"
+        if self.cu_S1 is not None:
+            starts = self.cu_S1.tolist() if on_cpu else [0]
+            if starts[0] != 0 or starts[-1] > T or starts != sorted(starts):
+                raise ValueError(f"cu_S1: expected offsets that rise from 0 to {T} at most; got {starts}")
+            return _Runs(self.cu_S1, None)
+        if not on_cpu or not T:
             return None
         id_R, count_R = torch.unique_consecutive(self.seq_T, return_counts=True)
         if id_R.min() < 0 or id_R.max() > T:
             raise ValueError(f"seq_T: expected ids in 0 .. {T}, the number of tokens; got {id_R.min()} .. {id_R.max()}")
-        place_R = torch.unique(id_R, return_inverse=True)[1]
-        return _Runs(torch.nn.functional.pad(count_R.cumsum(0), (1, 0)), place_R)
+        id_S, place_R = torch.unique(id_R, return_inverse=True)
+        whole = id_S.numel() == id_R.numel()
+        return _Runs(F.pad(count_R.cumsum(0), (1, 0)), None if whole else place_R)
 
 
 class _SequenceSum(torch.autograd.Function):
@@ -147,7 +179,6 @@ def mean(
     constant: float | None = None,
     tokens: Count | None = None,
     seqs: Count | None = None,
-    sequences: Sequences | None = None,
 ) -> Tensor:
     """This call's share of the step's mean of ``x_T``, which is 0 where ``mask_T`` is False.
 
@@ -158,16 +189,17 @@ def mean(
 
     ``tokens`` and ``seqs`` default to this call's own trained tokens, and its own sequences with a trained token.
     A sequence whose tokens are all masked therefore adds nothing and is not counted, unless ``seqs`` counts it.
-    ``sequences``: those of ``seq_T`` and ``mask_T``, where already at hand.
+    The one that ``how`` does not divide by is refused.
     """
-    check_option("aggregate", how, AGGREGATES)
-    if (how == "constant") != (constant is not None):
-        raise ValueError(f"constant: expected a number with aggregate='constant' alone; got {constant} with {how!r}")
+    check_denominators(how, constant, seqs)
+    if how != "token" and tokens is not None:
+        raise ValueError(f"tokens: expected with aggregate='token', which divides by it; got it with {how!r}")
     if how == "token":
         return share(x_T.sum(), mask_T.sum() if tokens is None else tokens)
-    if sequences is None and (how == "sequence" or seqs is None):
-        seq_T = needs_seq(f"aggregate={how!r}" + (" without seqs" if seqs is None else ""), seq_T)
-        sequences = Sequences(seq_T, mask_T)
+    sequences = None
+    if how == "sequence" or seqs is None:
+        needed = f"aggregate={how!r}" + (" without seqs" if seqs is None else "")
+        sequences = Sequences(needs_seq(needed, seq_T), mask_T)
     if how == "sequence":
         assert sequences is not None
         x_T = x_T / sequences.length_T
@@ -175,7 +207,17 @@ def mean(
         assert sequences is not None
         seqs = sequences.trained
     total = share(x_T.sum(), seqs)
-    if constant is None:
-        return total
-    check_number("constant", constant, 0, open_low=True)
-    return total / constant
+    return total if constant is None else total / constant
+
+
+def check_denominators(how: str, constant: float | None, seqs: Count | None) -> None:
+    """Refuse an average that is none, and denominators that it does not divide by."""
+    check_option("aggregate", how, AGGREGATES)
+    if (how == "constant") != (constant is not None):
+        raise ValueError(f"constant: expected a number with aggregate='constant' alone; got {constant} with {how!r}")
+    if constant is not None:
+        check_number("constant", constant, 0, open_low=True)
+    if how == "token" and seqs is not None:
+        raise ValueError(
+            "seqs: expected with aggregate='sequence' or 'constant', which divide by it; got it with 'token'"
+        )

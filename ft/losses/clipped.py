@@ -1,50 +1,34 @@
 """The clipped policy gradient of the GRPO family, packed. Shapes: T packed tokens, S sequences.
 
-``terms`` and ``finish`` are what all policy-gradient losses share; ``ft.losses.policy_gradient`` has those that differ
-in kind. ``seq_T`` numbers the sequences 0 .. S-1 (filler S), so nothing is padded.
+``finish``, and ``ft.losses.terms``, are what all policy-gradient losses share; ``ft.losses.policy_gradient`` has those
+that differ in kind. Sequences are told apart by ``seq_T`` or ``cu_S1``, so nothing is padded.
+
+Each loss gives its value and its slope, both worked out without a graph, and ``finish`` ties the two together in one
+node: a graph of twenty nodes took three times as long and held as many tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, NamedTuple, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from ft.losses import aggregate as average
 from ft.losses import kl as kl_terms
-from ft.losses.aggregate import Sequences
-from ft.losses.elementwise import Mask, bounded, greater, less, with_slope
-from ft.losses.reduce import Count, check_number, check_option, detached, share, upcast
+from ft.losses.elementwise import greater, less, with_slope
+from ft.losses.reduce import Count, check_number, check_option, share, upcast
+from ft.losses.terms import Term, Terms, known, terms
 from ft.types import LossOutput
-
-LEVELS = {"token": "token", "sequence": "geometric", "sequence_token": "geometric", "sequence_sum": "sequence"}
-
-
-class Terms(NamedTuple):
-    """What a policy term is made of; 0 wherever the mask is False, but for ``raw_logp_T``."""
-
-    raw_logp_T: Tensor  # as given, whatever stands at untrained places
-    adv_T: Tensor
-    mask: Mask
-    seq_T: Tensor | None
-    sequences: Sequences | None  # of seq_T
-    drift_T: Tensor  # logp - old_logp of each token, with gradient
-    log_ratio_T: Tensor  # the same at the level asked for, held to +-20
-    ratio_T: Tensor  # its exp, detached
-    by_token: bool  # log_ratio_T is drift_T, held
-
-    def logp_T(self) -> Tensor:
-        """With gradient. A function, so that losses of the ratio alone do not pay for it."""
-        return self.mask.keep(self.raw_logp_T)
 
 
 class Common(TypedDict, total=False):
     """Options that every policy-gradient loss takes; ``grpo`` says what they mean."""
 
     seq_T: Tensor | None
+    cu_S1: Tensor | None
+    adv_S: Tensor | None
     aggregate: str
     constant: float | None
     is_weight_T: Tensor | None
@@ -60,10 +44,12 @@ class Common(TypedDict, total=False):
 def grpo(
     logp_T: Tensor,
     old_logp_T: Tensor | None,
-    adv_T: Tensor,
+    adv_T: Tensor | None,
     mask_T: Tensor,
     *,
     seq_T: Tensor | None = None,
+    cu_S1: Tensor | None = None,
+    adv_S: Tensor | None = None,
     level: str = "token",
     clip: tuple[float, float] | None = (0.2, 0.2),
     dual_clip: float | None = None,
@@ -96,9 +82,12 @@ def grpo(
     Args:
         logp_T: the policy's log-prob of each target token; any float type, reduced in float32 (float64 stays).
         old_logp_T: of the policy the step began with. None: the policy now, so r = 1 and the gradient is REINFORCE's.
-        adv_T: the advantage, one number per token.
+        adv_T: the advantage, one number per token; None where ``adv_S`` has it, one per sequence of ``cu_S1``. Ratios
+            of sequences are then worked out by sequence, in less time and memory; the results are the same.
         mask_T: bool, True where the token is trained.
-        seq_T: the sequence of each token; needed by every sequence level, and by the aggregates over sequences.
+        seq_T, cu_S1: the sequence of each token (0 .. S-1 in any order, filler S), or where each sequence begins and
+            the last one ends ([S + 1], filler after it). One of them is needed by every sequence level, and by the
+            aggregates over sequences. ``cu_S1`` is the faster, and on a device adds up in the same order every time.
         level: of r. ``"token"``; ``"sequence"``, the geometric mean over the sequence, whose gradient spreads evenly
             over its tokens; ``"sequence_token"``, that value with each token's own gradient (GSPO-token, for
             advantages that differ within a sequence); ``"sequence_sum"``, the whole sequence's ratio.
@@ -111,7 +100,8 @@ def grpo(
         ref_logp_T: the reference's log-probs. With ``kl_coef=0`` the KL is reported and does not train.
         kl: the estimator, see ``ft.losses.kl``. ``kl_bias_correction`` multiplies it by r (with its gradient). The KL
             is touched by neither ``is_weight_T`` nor ``keep_T``.
-        tokens, seqs: the step's global denominators; by default this call's own. Means to log are over ``tokens``.
+        tokens, seqs: the step's global denominators; by default this call's own. Means to log are over ``tokens``,
+            whatever the aggregate. ``seqs`` is refused with ``aggregate="token"``, which has no use for it.
 
     Returns:
         Besides the loss, ``sums``: ``policy_loss``, ``ratio`` (mean), ``approx_kl`` (k3 of the policy against the old
@@ -124,50 +114,16 @@ def grpo(
     carry no gradient beyond. Whatever stands at untrained positions, NaN included, is never seen.
     """
     _check_clip(clip, dual_clip)
-    t = terms("grpo", logp_T, old_logp_T, adv_T, mask_T, seq_T, level)
-    policy_T, clipped = _surrogate(t, clip, dual_clip)
+    t = terms("grpo", logp_T, old_logp_T, adv_T, mask_T, seq_T=seq_T, cu_S1=cu_S1, adv_S=adv_S, level=level)
+    term, clipped = _surrogate(t, clip, dual_clip)
     return finish(
-        policy_T, t, clipped=clipped, aggregate=aggregate, constant=constant, is_weight_T=is_weight_T, keep_T=keep_T,
+        term, t, clipped=clipped, aggregate=aggregate, constant=constant, is_weight_T=is_weight_T, keep_T=keep_T,
         ref_logp_T=ref_logp_T, kl_coef=kl_coef, kl=kl, kl_bias_correction=kl_bias_correction, tokens=tokens, seqs=seqs,
     )  # fmt: skip
 
 
-def terms(
-    what: str,
-    logp_T: Tensor,
-    old_logp_T: Tensor | None,
-    adv_T: Tensor,
-    mask_T: Tensor,
-    seq_T: Tensor | None,
-    level: str = "token",
-) -> Terms:
-    """Check and mask the inputs of a policy loss, and raise the log-ratio to ``level`` (see ``grpo``)."""
-    check_option("level", level, tuple(LEVELS))
-    average.check_tokens(what, mask_T, seq_T, logp_T=logp_T, old_logp_T=old_logp_T, adv_T=adv_T)
-    mask = Mask(mask_T)
-    old_logp_T = (logp_T if old_logp_T is None else old_logp_T).detach()
-    drift_T = mask.keep(upcast(logp_T) - upcast(old_logp_T))
-    sequences = None if seq_T is None else Sequences(seq_T, mask_T)
-    log_ratio_T = _at_level(drift_T, sequences, level)
-    ratio_T = log_ratio_T.detach().exp()
-    adv_T = mask.keep(adv_T.detach())
-    by_token = LEVELS[level] == "token"
-    return Terms(logp_T, adv_T, mask, seq_T, sequences, drift_T, log_ratio_T, ratio_T, by_token)
-
-
-def _at_level(drift_T: Tensor, sequences: Sequences | None, level: str) -> Tensor:
-    raised_T = drift_T
-    if LEVELS[level] != "token":
-        if sequences is None:
-            raise ValueError(f"level={level!r}: expected seq_T, the sequence of each token; got None")
-        raised_T = sequences.mean(drift_T) if LEVELS[level] == "geometric" else sequences.sum(drift_T)
-    if level == "sequence_token":
-        return raised_T.detach().clamp(-kl_terms.BOUND, kl_terms.BOUND) + (drift_T - drift_T.detach())
-    return bounded(raised_T, kl_terms.BOUND)
-
-
 def finish(
-    policy_T: Tensor,
+    term: Term,
     t: Terms,
     *,
     clipped: Mapping[str, Tensor] | None = None,
@@ -182,86 +138,127 @@ def finish(
     tokens: Count | None = None,
     seqs: Count | None = None,
 ) -> LossOutput:
-    """Weigh the policy term, average it, add the KL, and gather what is logged. ``clipped``: bool [T] by name."""
+    """Weigh the policy term, add it up with the KL, and gather what is logged. ``clipped``: numbers of tokens, 0-d."""
     _check_kl(ref_logp_T, kl_coef, kl, kl_bias_correction)
     mask_T = t.mask.mask_T
-    average.check_tokens("policy loss", mask_T, t.seq_T, is_weight_T=is_weight_T, keep_T=keep_T, ref_logp_T=ref_logp_T)
-    factors = {name: t.mask.keep(x.detach()) for name, x in (("is", is_weight_T), ("keep", keep_T)) if x is not None}
-    for factor_T in factors.values():
-        policy_T = policy_T * factor_T
-    tokens = mask_T.sum() if tokens is None else tokens
-    options: dict[str, Any] = {"constant": constant, "tokens": tokens, "seqs": seqs, "sequences": t.sequences}
-    mean = partial(average.mean, mask_T=mask_T, seq_T=t.seq_T, how=aggregate, **options)
-    loss = policy_loss = mean(policy_T)
-    sums = {"policy_loss": policy_loss, **_watch(t, clipped or {}, factors, is_weight_T, tokens)}
-    if ref_logp_T is not None:
-        kl_T = kl_terms.estimate(t.logp_T(), t.mask.keep(ref_logp_T.detach()), kind=kl)
-        sums["kl"] = share(kl_T.detach().sum(), tokens)
-        if kl_coef:
-            loss = loss + kl_coef * mean(kl_T * t.log_ratio_T.exp() if kl_bias_correction else kl_T)
-    return LossOutput(loss=loss, sums=detached(sums), maxes=_extremes(t))
-
-
-def _surrogate(t: Terms, clip: tuple[float, float] | None, dual_clip: float | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped term and what was clipped, 1.0 or 0.0 by name. Exactly what is clipped has no gradient."""
+    average.check_tokens("policy loss", mask_T, None, is_weight_T=is_weight_T, keep_T=keep_T, ref_logp_T=ref_logp_T)
+    tokens = t.trained if tokens is None else tokens
+    count = _denominator(t, aggregate, constant, tokens, seqs)
     with torch.no_grad():
-        cost_T = -t.adv_T
-        whole_T = value_T = t.ratio_T * cost_T
-        if dual_clip is not None:
-            value_T = t.ratio_T.clamp(max=dual_clip).mul_(cost_T)
-        if clip is not None:
-            value_T = torch.maximum(value_T, t.ratio_T.clamp(1 - clip[0], 1 + clip[1]).mul_(cost_T))
-        clipped = _clipped(t, clip, dual_clip)
-        slope_T = whole_T
-        for hit_T in clipped.values():
-            slope_T = torch.addcmul(slope_T, slope_T, hit_T, value=-1)
-    return with_slope(t.log_ratio_T, value_T, slope_T), clipped
+        sums = _means(t, clipped or {}, is_weight_T, keep_T, tokens)
+        scale = _average(t.trained.new_ones(()), count, constant)
+        total, slope_T = _weighed(term, t, _factor(t, is_weight_T, keep_T), aggregate)
+        loss = policy_loss = total * scale
+        if ref_logp_T is not None:
+            kl_total, kl_slope_T, sums["kl"] = _kl(t, ref_logp_T, kl, kl_bias_correction, aggregate, tokens)
+            if kl_coef:
+                loss = torch.add(policy_loss, kl_total * scale, alpha=kl_coef)
+                slope_T = slope_T.add(kl_slope_T, alpha=kl_coef)
+    loss = with_slope(upcast(t.logp_T), loss, slope_T, scale=scale)
+    return LossOutput(loss=loss, sums={"policy_loss": policy_loss, **sums}, maxes=t.maxes)
 
 
-def _clipped(t: Terms, clip: tuple[float, float] | None, dual_clip: float | None) -> dict[str, Tensor]:
-    clipped, negative_T = {}, less(t.adv_T, 0)
+def _denominator(t: Terms, aggregate: str, constant: float | None, tokens: Count, seqs: Count | None) -> Count:
+    """The count in it, of a sum whose terms ``_weights`` has weighed (see ``ft.losses.aggregate.mean``)."""
+    average.check_denominators(aggregate, constant, seqs)
+    if aggregate == "token":
+        return tokens
+    if t.sequences is None and (aggregate == "sequence" or seqs is None):
+        without = " without seqs" if seqs is None else ""
+        raise ValueError(
+            f"aggregate={aggregate!r}{without}: expected seq_T, the sequence of each token, or cu_S1; got None"
+        )
+    return known(t).trained if seqs is None else seqs
+
+
+def _average(total: Tensor, count: Count, constant: float | None) -> Tensor:
+    return share(total, count) if constant is None else share(total, count) / constant
+
+
+def _factor(t: Terms, is_weight_T: Tensor | None, keep_T: Tensor | None) -> Tensor | None:
+    """What multiplies the policy term of each token beside the mask, 0 where that is False."""
+    factors = [t.mask.keep(x_T) for x_T in (is_weight_T, keep_T) if x_T is not None]
+    if not factors:
+        return None
+    return factors[0] if len(factors) == 1 else factors[0].mul_(factors[1])
+
+
+def _weighed(term: Term, t: Terms, factor_T: Tensor | None, aggregate: str) -> tuple[Tensor, Tensor]:
+    """The sum of a term, and its slope by logp_T. Terms are 0 where nothing is trained: tokens need no mask."""
+    weight_N = factor_T
+    if term.by_sequence:
+        weight_N = (known(t).trained_S if factor_T is None else known(t).sums(factor_T)).to(term.value_N.dtype)
+    each_N = _each(t, aggregate, by_sequence=term.by_sequence)
+    if each_N is not None:
+        weight_N = each_N if weight_N is None else weight_N * each_N
+    if weight_N is None:
+        return term.value_N.sum(), term.spread(term.slope_N)
+    weight_N = weight_N.to(term.value_N.dtype)
+    return torch.dot(term.value_N, weight_N), term.spread(term.slope_N * weight_N)
+
+
+def _each(t: Terms, aggregate: str, *, by_sequence: bool) -> Tensor | None:
+    """What a place weighs in the average: one over the sequence's length where sequences count alike."""
+    if aggregate != "sequence":
+        return None
+    each_S = (1 / known(t).length_S).to(t.adv_N.dtype)
+    return each_S if by_sequence else known(t).lay(each_S)
+
+
+def _kl(
+    t: Terms, ref_logp_T: Tensor, kind: str, corrected: bool, aggregate: str, tokens: Count
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The KL's sum to be divided, that sum's slope by logp_T, and its mean over tokens."""
+    value_T, slope_T = kl_terms.value_and_slope(t.mask.keep(upcast(t.logp_T) - upcast(ref_logp_T)), kind)
+    mean, each_T = share(value_T.sum(), tokens), _each(t, aggregate, by_sequence=False)
+    slope_T = t.mask.keep(slope_T) if kind == "k1" else slope_T
+    if each_T is not None:
+        value_T, slope_T = value_T * each_T, slope_T * each_T
+    if not corrected:
+        return value_T.sum(), slope_T, mean
+    ratio_N = t.ratio_N()
+    ratio_T = t.at_T(ratio_N)
+    by_ratio_N = (known(t).sums(value_T) if t.by_sequence else value_T) * t.ratio_slope_N(ratio_N)
+    return torch.dot(value_T, ratio_T), t.spread(by_ratio_N).addcmul(slope_T, ratio_T), mean
+
+
+@torch.no_grad()
+def _surrogate(t: Terms, clip: tuple[float, float] | None, dual_clip: float | None) -> tuple[Term, dict[str, Tensor]]:
+    """The clipped term, and how many tokens were clipped, by name. Exactly what is clipped has no slope."""
+    ratio_N, cost_N = t.ratio_N(), -t.adv_N
+    value_N = (ratio_N if dual_clip is None else ratio_N.clamp(max=dual_clip)) * cost_N
+    slope_N, clipped = t.ratio_slope_N(ratio_N).mul_(cost_N), {}
     if dual_clip is not None:
-        clipped["clip_dual"] = greater(t.ratio_T, dual_clip).mul_(negative_T)
+        hit_N = greater(ratio_N, dual_clip).mul_(less(t.adv_N, 0))
+        clipped["clip_dual"] = t.counted(hit_N)
+        slope_N.addcmul_(slope_N, hit_N, value=-1)
     if clip is not None:
-        clipped["clip_low"] = less(t.ratio_T, 1 - clip[0]).mul_(negative_T)
-        clipped["clip_high"] = greater(t.ratio_T, 1 + clip[1]).mul_(greater(t.adv_T, 0))
-    return clipped
+        held_N = ratio_N.clamp_(1 - clip[0], 1 + clip[1]).mul_(cost_N)
+        hit_N = torch.gt(held_N, value_N, out=cost_N)  # out of the range, on the side that its advantage points to
+        torch.maximum(value_N, held_N, out=value_N)
+        slope_N.addcmul_(slope_N, hit_N, value=-1)
+        low_N = torch.lt(t.adv_N, 0, out=held_N).mul_(hit_N)
+        clipped["clip_low"] = t.counted(low_N)
+        clipped["clip_high"] = t.counted(hit_N.sub_(low_N))
+    return Term(value_N, slope_N, t.spread, t.by_sequence), clipped
 
 
-@torch.no_grad()
-def _watch(
-    t: Terms, clipped: Mapping[str, Tensor], factors: Mapping[str, Tensor], is_weight_T: Tensor | None, tokens: Count
+def _means(
+    t: Terms,
+    clipped: Mapping[str, Tensor],
+    is_weight_T: Tensor | None,
+    keep_T: Tensor | None,
+    tokens: Count,
 ) -> dict[str, Tensor]:
-    """Means over the trained tokens. Everything summed is finite, so a product with the mask selects."""
-    drift_T = t.drift_T.detach().clamp(-kl_terms.BOUND, kl_terms.BOUND)
-    totals = {
-        "ratio": torch.dot(t.ratio_T, t.mask.trained_T.to(t.ratio_T.dtype)),
-        "approx_kl": _k3_sum(drift_T, t.ratio_T if t.by_token else drift_T.exp()),
-        **{name: hit_T.sum() for name, hit_T in clipped.items()},
-    }
+    """Means over the trained tokens."""
+    totals = {**t.watched, **clipped}
     if is_weight_T is not None:
-        totals |= {"is_weight": factors["is"].sum(), "is_zero": ((is_weight_T == 0) & t.mask.mask_T).sum()}
-    if "keep" in factors:
-        totals["kept"] = factors["keep"].sum()
-    means = share(torch.stack([x.to(t.ratio_T.dtype) for x in totals.values()]), tokens)
+        totals["is_weight"] = t.mask.keep(is_weight_T).sum()
+        totals["is_zero"] = ((is_weight_T == 0) & t.mask.mask_T).sum()
+    if keep_T is not None:
+        totals["kept"] = t.mask.keep(keep_T).sum()
+    means = share(torch.stack([x.to(t.adv_N.dtype) for x in totals.values()]), tokens)
     return dict(zip(totals, means.unbind(), strict=True))
-
-
-def _k3_sum(drift_T: Tensor, ratio_T: Tensor) -> Tensor:
-    """Sum of expm1(d) - d, as tanh(d / 2) (exp(d) + 1) - d: as exact for small d, and half the time of expm1."""
-    tanh_T = (drift_T / 2).tanh_()
-    return torch.addcmul(tanh_T, tanh_T, ratio_T).sub_(drift_T).sum()
-
-
-@torch.no_grad()
-def _extremes(t: Terms) -> dict[str, Tensor]:
-    """The greatest ratio and inverse ratio. Untrained places stand far below any, and their exp is 0."""
-    log_T = t.log_ratio_T.detach()
-    if not log_T.numel():
-        return {name: log_T.new_zeros(()) for name in ("ratio_max", "ratio_inverse_max")}
-    out_T = 1 - t.mask.trained_T
-    high, low = torch.sub(log_T, out_T, alpha=1e30).amax(), torch.add(log_T, out_T, alpha=1e30).amin()
-    return {"ratio_max": high.exp(), "ratio_inverse_max": (-low).exp()}
 
 
 def _check_clip(clip: tuple[float, float] | None, dual_clip: float | None) -> None:

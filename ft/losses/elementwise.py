@@ -18,71 +18,55 @@ from ft.losses.reduce import upcast
 
 
 class Mask:
-    """A bool mask in the forms that are asked for, each made once."""
+    """A bool mask in the forms that are asked for. Nothing here has a gradient."""
 
     def __init__(self, mask_T: Tensor) -> None:
         self.mask_T = mask_T
 
-    @cached_property
+    @property
     def trained_T(self) -> Tensor:
         """1.0 where True and 0.0 elsewhere, float32."""
-        return self.mask_T.float()
+        return self.mask_T.view(torch.int8).float()
 
-    def keep(self, x_N: Tensor) -> Tensor:
-        """As ``ft.losses.reduce.keep``: upcast, and 0 with a gradient of 0 where the mask is False."""
-        x_N = upcast(x_N)
-        bits_N = self._bits64_T if x_N.dtype == torch.float64 else self._bits32_T
-        return _And.apply(x_N, bits_N) if x_N.requires_grad else _and(x_N, bits_N)  # type: ignore[return-value]
+    def keep(self, x_T: Tensor) -> Tensor:
+        """``x_T`` upcast, and 0 where the mask is False, NaN and infinity too, as no product would have it."""
+        x_T = upcast(x_T.detach())
+        return torch.bitwise_and(_bits(x_T), self._all_or_none_T).view(x_T.dtype)
+
+    def keep_(self, x_T: Tensor) -> Tensor:
+        """The same in the place of ``x_T``, float32 or float64."""
+        _bits(x_T).bitwise_and_(self._all_or_none_T)
+        return x_T
 
     @cached_property
-    def _bits32_T(self) -> Tensor:
-        return self.mask_T.to(torch.int32).neg()
-
-    @cached_property
-    def _bits64_T(self) -> Tensor:
-        return self.mask_T.to(torch.int64).neg()
+    def _all_or_none_T(self) -> Tensor:
+        """-1, all of whose bits are set however wide it is made, or 0."""
+        return self.mask_T.view(torch.int8).neg()
 
 
-def _and(x_N: Tensor, bits_N: Tensor) -> Tensor:
-    return (x_N.view(bits_N.dtype) & bits_N).view(x_N.dtype)
-
-
-class _And(torch.autograd.Function):
-    """All bits of a number, or none, which is 0.0: NaN and infinity go too, as no product would have it."""
-
-    @staticmethod
-    def forward(ctx: Any, x_N: Tensor, bits_N: Tensor) -> Tensor:
-        ctx.save_for_backward(bits_N)
-        return _and(x_N, bits_N)
-
-    @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _And.apply(grad_N, *ctx.saved_tensors), None  # type: ignore[return-value]
+def _bits(x_T: Tensor) -> Tensor:
+    return x_T.view(torch.int64 if x_T.dtype == torch.float64 else torch.int32)
 
 
 class _WithSlope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_N: Tensor, value_N: Tensor, slope_N: Tensor) -> Tensor:
-        ctx.save_for_backward(slope_N)
-        return value_N.clone() if value_N is x_N else value_N
+    def forward(ctx: Any, x_N: Tensor, value: Tensor, slope_N: Tensor, scale: Tensor | None) -> Tensor:
+        ctx.save_for_backward(slope_N, scale)
+        return value.clone() if value is x_N else value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return grad_N * ctx.saved_tensors[0], None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        slope_N, scale = ctx.saved_tensors
+        return (grad if scale is None else grad * scale) * slope_N, None, None, None
 
 
-def with_slope(x_N: Tensor, value_N: Tensor, slope_N: Tensor) -> Tensor:
-    """``value_N``, whose derivative by ``x_N`` is ``slope_N``, elementwise. A second derivative is refused."""
-    return _WithSlope.apply(x_N, value_N, slope_N)  # type: ignore[return-value]
+def with_slope(x_N: Tensor, value: Tensor, slope_N: Tensor, *, scale: Tensor | None = None) -> Tensor:
+    """``value``, [N] or a sum 0-d, whose derivative by ``x_N`` is ``slope_N``, times ``scale`` (0-d) where given.
 
-
-def bounded(x_N: Tensor, bound: float) -> Tensor:
-    """``x_N`` held to +-bound, with a gradient of 1 within and 0 at the bound and outside.
-
-    As clamp, but for the gradient at the bound itself; clamp's backward takes twenty times as long.
+    A second derivative is refused.
     """
-    return torch.nn.functional.hardtanh(x_N, -bound, bound)
+    return _WithSlope.apply(x_N, value, slope_N, scale)  # type: ignore[return-value]
 
 
 def greater(x_N: Tensor, y: float) -> Tensor:

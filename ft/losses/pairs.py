@@ -71,6 +71,7 @@ def dpo(
     alpha: float | None = None,
     tau: float | None = None,
     lengths: tuple[Tensor, Tensor] | None = None,
+    margin: Tensor | None = None,
     weight_P: Tensor | None = None,
     sft_P: Tensor | None = None,
     tokens: Count | None = None,
@@ -85,6 +86,9 @@ def dpo(
         divergence: for sigmoid, sigmoid_norm, hinge, ipo, exo_pair, robust and discopop; ``alpha`` goes with "alpha".
         tau: discopop's temperature in (0, 1], 0.05 by default.
         lengths: (chosen, rejected) numbers of trained tokens [P], for ipo and sigmoid_norm; also logged.
+        margin: how much better each chosen answer is [P], in units of reward, for sigmoid, sigmoid_norm, robust and
+            hinge: bD is taken less it, so that the rewards are to differ by that much (ODPO 2402.10571). It carries
+            no gradient and is not in what is logged.
         weight_P: a weight per pair, such as WPO's; it carries no gradient and leaves the sft term alone.
         sft_P: the log-prob sums that the sft term trains, by default ``chosen_P``. Give it where ``chosen_P`` is not
             a plain sum over the tokens to be trained (LD-DPO).
@@ -101,12 +105,14 @@ def dpo(
     lengths are given; loss/<kind>, unweighted, of each kind in a mixture.
     """
     mixture = {kind: 1.0} if isinstance(kind, str) else dict(kind)
-    _check(mixture, beta, label_smoothing, divergence, alpha, tau, lengths, weight_P)
+    _check(mixture, beta, label_smoothing, divergence, alpha, tau, lengths, margin, weight_P)
     if "sft" not in mixture and (sft_P is not None or tokens is not None):
         raise ValueError(f"dpo: sft_P and tokens: expected only with kind sft, got them with {', '.join(mixture)}")
     n_w, n_l = lengths if lengths is not None else (None, None)
     given = {"chosen_P": chosen_P, "rejected_P": rejected_P, "ref_chosen_P": ref_chosen_P}
-    check_same("dpo", **given, ref_rejected_P=ref_rejected_P, weight_P=weight_P, sft_P=sft_P, n_w=n_w, n_l=n_l)
+    check_same(
+        "dpo", **given, ref_rejected_P=ref_rejected_P, margin=margin, weight_P=weight_P, sft_P=sft_P, n_w=n_w, n_l=n_l
+    )
     units = chosen_P.shape[0] if units is None else units
     chosen_P, rejected_P = upcast(chosen_P), upcast(rejected_P)
     ref_chosen_P, ref_rejected_P = upcast(ref_chosen_P).detach(), upcast(ref_rejected_P).detach()
@@ -122,6 +128,7 @@ def dpo(
         e=label_smoothing,
         tau=0.05 if tau is None else tau,
         lengths=lengths,
+        margin=None if margin is None else upcast(margin).detach(),
     )
     parts = {
         name: _sft(chosen_P if sft_P is None else sft_P, tokens, lengths)
@@ -129,8 +136,9 @@ def dpo(
         else mean_share(_weighted(_KINDS[name](terms), weight_P), units)
         for name in mixture
     }
-    sums = pair_sums(beta * c, beta * l, units)
-    sums |= {"logps/chosen": mean_share(chosen_P, units), "logps/rejected": mean_share(rejected_P, units)}
+    with torch.no_grad():
+        logps = {"logps/chosen": chosen_P, "logps/rejected": rejected_P}
+        sums = pair_sums(beta * c, beta * l, units, **logps)
     if lengths is not None:
         sums |= {f"lengths/{who}": mean_share(n, units) for who, n in zip(("chosen", "rejected"), lengths, strict=True)}
     if len(mixture) > 1:
@@ -190,10 +198,14 @@ class _Terms(NamedTuple):
     e: float
     tau: float
     lengths: tuple[Tensor, Tensor] | None
+    margin: Tensor | None
 
     @property
     def z(self) -> Tensor:
-        return self.b * (self.score_c - self.score_l)
+        return self.less_margin(self.b * (self.score_c - self.score_l))
+
+    def less_margin(self, z: Tensor) -> Tensor:
+        return z if self.margin is None else z - self.margin
 
     @property
     def per_token(self) -> Tensor:
@@ -254,7 +266,7 @@ def _discopop(t: _Terms) -> Tensor:
 
 _KINDS: dict[str, Callable[[_Terms], Tensor]] = {
     "sigmoid": lambda t: logistic(t.z, t.e),
-    "sigmoid_norm": lambda t: logistic(t.b * t.per_token, t.e),
+    "sigmoid_norm": lambda t: logistic(t.less_margin(t.b * t.per_token), t.e),
     "hinge": lambda t: torch.relu(1 - t.z),
     "ipo": lambda t: (t.per_token - 0.5 / t.b) ** 2,
     "robust": _robust,
@@ -271,6 +283,7 @@ _KINDS: dict[str, Callable[[_Terms], Tensor]] = {
 KINDS = (*_KINDS, "sft")
 _SMOOTHED = {"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"}
 _DIVERGENT = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"}
+_MARGIN = {"sigmoid", "sigmoid_norm", "robust", "hinge"}
 _PER_TOKEN = {"ipo", "sigmoid_norm"}
 _SORTED = {"aot", "aot_unpaired"}
 
@@ -295,6 +308,7 @@ def _check(
     alpha: float | None,
     tau: float | None,
     lengths: object,
+    margin: object,
     weight_P: object,
 ) -> None:
     for name in mixture:
@@ -315,6 +329,7 @@ def _check(
         )
     _only("label_smoothing", smoothing != 0, kinds, _SMOOTHED)
     _only(f"divergence {divergence!r}", divergence != "reverse_kl", kinds, _DIVERGENT)
+    _only("margin", margin is not None, kinds, _MARGIN)
     _only("weight_P", weight_P is not None, kinds, set(_KINDS) - _SORTED)
     if tau is not None and "discopop" not in kinds:
         raise ValueError(f"dpo: tau: expected only with discopop, got it with {', '.join(sorted(mixture))}")

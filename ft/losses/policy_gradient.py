@@ -1,10 +1,10 @@
 """Policy gradients that differ in kind from the clipped surrogate of ``ft.losses.clipped``. Shapes: T packed tokens.
 
 All take ``logp_T, old_logp_T, adv_T, mask_T`` (``reinforce`` no old one) and, as ``**common``, what ``grpo`` explains:
-``seq_T``, ``aggregate``, ``constant``, ``is_weight_T``, ``keep_T``, ``ref_logp_T``, ``kl_coef``, ``kl``,
-``kl_bias_correction``, ``tokens``, ``seqs``. All return its sums and maxes as well, differentiate ``logp_T`` alone,
-give 0 with a gradient of zeros where nothing is trained, and hold log-ratios to +-20 before exp. Notation:
-r = exp(logp - old_logp), A the advantage, sg(.) what is taken as a constant.
+``seq_T`` or ``cu_S1``, ``adv_S``, ``aggregate``, ``constant``, ``is_weight_T``, ``keep_T``, ``ref_logp_T``,
+``kl_coef``, ``kl``, ``kl_bias_correction``, ``tokens``, ``seqs``. All return its sums and maxes as well, differentiate
+``logp_T`` alone, give 0 with a gradient of zeros where nothing is trained, and hold log-ratios to +-20 before
+exp. Notation: r = exp(logp - old_logp), A the advantage, sg(.) what is taken as a constant.
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ft.losses.aggregate import Sequences, needs_seq
-from ft.losses.clipped import Common, Terms, finish, grpo, terms
-from ft.losses.elementwise import greater, less, with_slope
+from ft.losses.aggregate import Sequences
+from ft.losses.clipped import Common, finish, grpo
+from ft.losses.elementwise import Mask, greater, less
 from ft.losses.kl import BOUND
 from ft.losses.reduce import check_number, check_option
+from ft.losses.terms import Term, Terms, terms
 from ft.types import LossOutput
 
 _LEAST = math.log(1e-8)
 
 
-def reinforce(logp_T: Tensor, adv_T: Tensor, mask_T: Tensor, **common: Unpack[Common]) -> LossOutput:
+def reinforce(logp_T: Tensor, adv_T: Tensor | None, mask_T: Tensor, **common: Unpack[Common]) -> LossOutput:
     """x = -A logp: the score times the advantage, for samples of the policy itself (Williams 1992; GPG, 2504.02546).
 
     For samples of another policy give ``is_weight_T``. Averaged over tokens unless ``aggregate`` says otherwise.
     """
-    t = terms("reinforce", logp_T, None, adv_T, mask_T, common.pop("seq_T", None))
-    return finish(-t.adv_T * t.logp_T(), t, **_rest(common))
+    t = terms("reinforce", logp_T, None, adv_T, mask_T, **_told_apart(common))
+    return finish(_score(t, -t.adv_N), t, **_rest(common))
 
 
 def rloo(
     logp_T: Tensor,
     old_logp_T: Tensor | None,
-    adv_T: Tensor,
+    adv_T: Tensor | None,
     mask_T: Tensor,
     *,
     clip: tuple[float, float] | None = (0.2, 0.2),
@@ -55,7 +56,7 @@ def rloo(
 def luspo(
     logp_T: Tensor,
     old_logp_T: Tensor | None,
-    adv_T: Tensor,
+    adv_T: Tensor | None,
     mask_T: Tensor,
     *,
     clip: tuple[float, float] | None = (0.2, 0.2),
@@ -73,7 +74,7 @@ def luspo(
 def cispo(
     logp_T: Tensor,
     old_logp_T: Tensor | None,
-    adv_T: Tensor,
+    adv_T: Tensor | None,
     mask_T: Tensor,
     *,
     cap: float = 5.0,
@@ -89,19 +90,19 @@ def cispo(
     """
     check_number("cap (of the ratio itself; 1 + the distance that clipping losses take)", cap, 1)
     check_number("floor", floor, 0, 1)
-    t = terms("cispo", logp_T, old_logp_T, adv_T, mask_T, common.pop("seq_T", None), level)
+    t = terms("cispo", logp_T, old_logp_T, adv_T, mask_T, level=level, **_told_apart(common))
+    ratio_N = t.ratio_N()
     clipped = {
-        "clip_low": less(t.ratio_T, floor) * less(t.adv_T, 0),
-        "clip_high": greater(t.ratio_T, cap) * greater(t.adv_T, 0),
+        "clip_low": t.counted(less(ratio_N, floor).mul_(less(t.adv_N, 0))),
+        "clip_high": t.counted(greater(ratio_N, cap).mul_(greater(t.adv_N, 0))),
     }
-    weight_T = t.ratio_T.clamp(floor, cap).mul_(t.adv_T).neg_()
-    return finish(weight_T * t.logp_T(), t, clipped=clipped, **_rest(common))
+    return finish(_score(t, ratio_N.clamp_(floor, cap).mul_(t.adv_N).neg_()), t, clipped=clipped, **_rest(common))
 
 
 def sapo(
     logp_T: Tensor,
     old_logp_T: Tensor | None,
-    adv_T: Tensor,
+    adv_T: Tensor | None,
     mask_T: Tensor,
     *,
     tau: tuple[float, float] = (1.0, 1.05),
@@ -115,19 +116,20 @@ def sapo(
     """
     for value in tau:
         check_number("tau", value, 0, open_low=True)
-    t = terms("sapo", logp_T, old_logp_T, adv_T, mask_T, common.pop("seq_T", None), level)
-    tau_T = _either(greater(t.adv_T, 0), tau)
-    gate_T = torch.sigmoid(tau_T * (t.ratio_T - 1))
-    gain_T = -4 * t.adv_T
-    slope_T = (1 - gate_T).mul_(gate_T).mul_(t.ratio_T).mul_(gain_T)
-    policy_T = with_slope(t.log_ratio_T, gate_T.mul_(gain_T).div_(tau_T), slope_T)
-    return finish(policy_T, t, **_rest(common, aggregate="sequence"))
+    t = terms("sapo", logp_T, old_logp_T, adv_T, mask_T, level=level, **_told_apart(common))
+    tau_N, ratio_N = _either(greater(t.adv_N, 0), tau), t.ratio_N()
+    slope_N = t.ratio_slope_N(ratio_N)
+    gate_N = ratio_N.sub_(1).mul_(tau_N).sigmoid_()
+    slope_N.mul_(gate_N).addcmul_(slope_N, gate_N, value=-1)
+    gain_N = -4 * t.adv_N
+    term = Term(gate_N.div_(tau_N).mul_(gain_N), slope_N.mul_(gain_N), t.spread, t.by_sequence)
+    return finish(term, t, **_rest(common, aggregate="sequence"))
 
 
 def gmpo(
     logp_T: Tensor,
     old_logp_T: Tensor | None,
-    adv_T: Tensor,
+    adv_T: Tensor | None,
     mask_T: Tensor,
     *,
     clip: tuple[float, float] = (0.4, 0.4),
@@ -141,25 +143,40 @@ def gmpo(
     """
     for value in clip:
         check_number("clip", value, 0)
-    seq_T = needs_seq("gmpo", common.pop("seq_T", None))
-    t = terms("gmpo", logp_T, old_logp_T, adv_T, mask_T, seq_T)
+    given = _told_apart(common)
+    t = terms("gmpo", logp_T, old_logp_T, adv_T, mask_T, **given)
+    if t.sequences is None:
+        raise ValueError("gmpo: expected seq_T, the sequence of each token, or cu_S1; got None")
     keep_T = common.pop("keep_T", None)
-    kept_T = mask_T if keep_T is None else mask_T & (keep_T != 0)
-    log_T, up_T = t.log_ratio_T.detach(), greater(t.adv_T, 0)
-    over_T, under_T = greater(log_T, clip[1]), less(log_T, -clip[0])
-    value_T = up_T * log_T.clamp(max=clip[1]) + (1 - up_T) * log_T.clamp(min=-clip[0])
-    slope_T = 1 - up_T * over_T - (1 - up_T) * under_T
-    kept = kept_T.to(log_T.dtype)
-    clipped_T = with_slope(t.log_ratio_T, value_T * kept, slope_T * kept)
-    clipped = {"clip_low": under_T * less(t.adv_T, 0), "clip_high": over_T * up_T}
-    ratio_T = Sequences(seq_T, kept_T).mean(clipped_T).exp()
-    return finish(-ratio_T * t.adv_T, t, clipped=clipped, **_fixed("gmpo", common, aggregate="sequence"))
+    kept, sequences = t.mask, t.sequences
+    if keep_T is not None:
+        kept = Mask(mask_T & (keep_T != 0))
+        sequences = Sequences(given["seq_T"], kept.mask_T, given["cu_S1"])
+    held_T, slope_T, clipped = _held(t, clip, kept)
+    ratio_T = sequences.lay((sequences.sums(held_T) / sequences.length_S).exp_())
+
+    def spread(by_mean_T: Tensor) -> Tensor:
+        return sequences.lay(sequences.sums(by_mean_T) / sequences.length_S).mul_(slope_T)
+
+    value_T = ratio_T.mul_(t.adv_N).neg_()  # its own derivative by the mean of logs
+    return finish(Term(value_T, value_T, spread), t, clipped=clipped, **_fixed("gmpo", common, aggregate="sequence"))
+
+
+def _held(t: Terms, clip: tuple[float, float], kept: Mask) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Log-ratios clipped one by one, their slopes, both 0 where not kept, and how many tokens were clipped."""
+    log_T, up_T = t.log_ratio_N, greater(t.adv_N, 0)
+    over_T, under_T = greater(log_T, clip[1]).mul_(up_T), less(log_T, -clip[0]).mul_(1 - up_T)
+    slope_T = log_T.abs()
+    torch.lt(slope_T, BOUND, out=slope_T).sub_(over_T).sub_(under_T).clamp_(min=0)
+    held_T = (1 - over_T).sub_(under_T).mul_(log_T).add_(over_T, alpha=clip[1]).sub_(under_T, alpha=clip[0])
+    clipped = {"clip_low": t.counted(under_T.mul_(less(t.adv_N, 0))), "clip_high": t.counted(over_T)}
+    return kept.keep(held_T), kept.keep(slope_T), clipped
 
 
 def vespo(
     logp_T: Tensor,
     old_logp_T: Tensor | None,
-    adv_T: Tensor,
+    adv_T: Tensor | None,
     mask_T: Tensor,
     *,
     k: tuple[float, float] = (2.0, 3.0),
@@ -175,20 +192,20 @@ def vespo(
     for name, pair in (("k", k), ("lam", lam)):
         check_number(f"{name}[0]", pair[0], 0)
         check_number(f"{name}[1]", pair[1], 0)
-    seq_T = needs_seq("vespo", common.pop("seq_T", None))
-    t = terms("vespo", logp_T, old_logp_T, adv_T, mask_T, seq_T)
-    is_weight_T = common.pop("is_weight_T", None)
-    log_w_T = _log_answer_weight(t, is_weight_T)
-    up_T = 1 - less(t.adv_T, 0)
-    k_T, lam_T = _either(up_T, k), _either(up_T, lam)
-    phi_T = (lam_T * (1 - log_w_T.exp())).addcmul_(k_T, log_w_T).exp_()
-    return finish(phi_T.mul_(t.adv_T).neg_() * t.logp_T(), t, **_rest(common))
+    t = terms("vespo", logp_T, old_logp_T, adv_T, mask_T, **_told_apart(common))
+    if t.sequences is None:
+        raise ValueError("vespo: expected seq_T, the sequence of each token, or cu_S1; got None")
+    log_w_S = _log_answer_weight(t, t.sequences, common.pop("is_weight_T", None))
+    up_S, down_S = (_log_phi(log_w_S, k[i], lam[i]).exp_() for i in (0, 1))
+    phi_T = t.sequences.lay(up_S)  # of either sign, as a sequence's advantages may differ
+    phi_T.addcmul_(t.sequences.lay(down_S - up_S), less(t.adv_N, 0))
+    return finish(_score(t, phi_T.mul_(t.adv_N).neg_()), t, **_rest(common))
 
 
 def dppo(
     logp_T: Tensor,
     old_logp_T: Tensor,
-    adv_T: Tensor,
+    adv_T: Tensor | None,
     mask_T: Tensor,
     *,
     divergence: str = "tv",
@@ -208,34 +225,47 @@ def dppo(
     check_number("cap", cap, 1)
     for value in clip:
         check_number("clip", value, 0)
-    t = terms("dppo", logp_T, old_logp_T, adv_T, mask_T, common.pop("seq_T", None))
-    p_T, q_T = t.mask.keep(logp_T.detach()).exp(), t.mask.keep(old_logp_T.detach()).exp()
-    far_T = (p_T - q_T).abs() if divergence == "tv" else _binary_kl(p_T, q_T, t.log_ratio_T.detach())
-    clipped = {
-        "clip_low": (t.adv_T <= 0) & (p_T < q_T) & (far_T > clip[0]),
-        "clip_high": (t.adv_T > 0) & (p_T > q_T) & (far_T > clip[1]),
-    }
-    weight_T = torch.where(clipped["clip_low"] | clipped["clip_high"], 0.0, t.ratio_T.clamp(max=cap))
-    return finish(-weight_T * t.adv_T * t.logp_T(), t, clipped=clipped, **_rest(common))
+    t = terms("dppo", logp_T, old_logp_T, adv_T, mask_T, **_told_apart(common))
+    p_T, q_T = t.masked_logp_T().exp(), t.mask.keep(old_logp_T).exp()
+    far_T = (p_T - q_T).abs() if divergence == "tv" else _binary_kl(p_T, q_T, t.log_ratio_N)
+    low_T = (t.adv_N <= 0) & (p_T < q_T) & (far_T > clip[0])
+    high_T = (t.adv_N > 0) & (p_T > q_T) & (far_T > clip[1])
+    weight_T = torch.where(low_T | high_T, 0.0, t.ratio_N().clamp_(max=cap)).mul_(t.adv_N).neg_()
+    clipped = {"clip_low": low_T.sum(), "clip_high": high_T.sum()}
+    return finish(_score(t, weight_T), t, clipped=clipped, **_rest(common))
 
 
-def _log_answer_weight(t: Terms, is_weight_T: Tensor | None) -> Tensor:
-    assert t.sequences is not None
-    log_T = t.log_ratio_T.detach()
+def _score(t: Terms, weight_N: Tensor) -> Term:
+    """weight_N logp, whose weight is a constant. ``logp_T`` is masked, and so is the slope where it is weighed."""
+    weight_T = t.at_T(weight_N)
+    return Term(t.masked_logp_T() * weight_T, weight_T, lambda slope_T: slope_T)
+
+
+def _log_answer_weight(t: Terms, sequences: Sequences, is_weight_T: Tensor | None) -> Tensor:
+    log_T = t.log_ratio_N
     if is_weight_T is not None:
         log_T = log_T + t.mask.keep(is_weight_T.to(log_T.dtype).log().clamp(_LEAST, BOUND))
-    return t.sequences.sum(log_T).clamp(_LEAST, BOUND)
+    return sequences.sums(log_T).clamp_(_LEAST, BOUND)
 
 
-def _either(first_T: Tensor, pair: tuple[float, float]) -> Tensor:
-    """pair[0] where ``first_T`` is 1.0, pair[1] where it is 0.0."""
-    return first_T * pair[0] + (1 - first_T) * pair[1]
+def _log_phi(log_w_S: Tensor, k: float, lam: float) -> Tensor:
+    return lam * (1 - log_w_S.exp()) + k * log_w_S
+
+
+def _either(first_N: Tensor, pair: tuple[float, float]) -> Tensor:
+    """pair[0] where ``first_N`` is 1.0, pair[1] where it is 0.0."""
+    return first_N.mul_(pair[0] - pair[1]).add_(pair[1])
 
 
 def _binary_kl(p_T: Tensor, q_T: Tensor, log_ratio_T: Tensor) -> Tensor:
     """KL(q || p) of "this token or another". Probabilities of 1 are taken a rounding step below, to stay finite."""
     least = torch.finfo(p_T.dtype).eps
     return -q_T * log_ratio_T + (1 - q_T) * ((1 - q_T).clamp(min=least).log() - (1 - p_T).clamp(min=least).log())
+
+
+def _told_apart(common: Common) -> Any:
+    """Takes from ``common`` what ``terms`` asks for: sequences, and advantages of them."""
+    return {name: common.pop(name, None) for name in ("seq_T", "cu_S1", "adv_S")}
 
 
 def _rest(common: Common, **defaults: Any) -> Any:

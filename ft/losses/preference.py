@@ -160,9 +160,10 @@ def orpo(
     check_number("orpo: beta", beta, 0.0)
     chosen, rejected, units = _paired("orpo", chosen_mean_P, rejected_mean_P, units, sft_P)
     w, l = chosen.clamp(max=TOP), rejected.clamp(max=TOP)
-    log_odds = (w - l) - (_log1mexp(w) - _log1mexp(l))
+    # Beside w itself log(1 - p) loses nothing in this form: where expm1 rounds to -1, it is below w's last bit.
+    log_odds = (w - l) - (torch.log(-torch.expm1(w)) - torch.log(-torch.expm1(l)))
     loss, nll = _with_sft("orpo", mean_share(-beta * F.logsigmoid(log_odds), units), 1.0, sft_P, tokens)
-    sums = _reference_free_sums(beta, chosen, rejected, units) | nll | {"log_odds": mean_share(log_odds, units)}
+    sums = _reference_free_sums(beta, chosen, rejected, units, log_odds=log_odds) | nll
     return LossOutput(loss=loss, sums=detached(sums))
 
 
@@ -243,22 +244,12 @@ def simpo(
     chosen, rejected, units = _paired("simpo", chosen_mean_P, rejected_mean_P, units)
     r_w, r_l = _alpha_reward(chosen, alpha), _alpha_reward(rejected, alpha)
     loss = mean_share(logistic(beta * (r_w - r_l) - gamma, label_smoothing), units)
-    sums = pair_sums(beta * r_w, beta * r_l, units) | _logp_sums(chosen, rejected, units)
+    sums = pair_sums(beta * r_w, beta * r_l, units, **_logps(chosen, rejected))
     return LossOutput(loss=loss, sums=detached(sums))
 
 
 def _alpha_reward(mean_P: Tensor, alpha: float) -> Tensor:
     return mean_P if alpha == 0 else -torch.expm1((-alpha * mean_P).clamp(max=EXPONENT)) / alpha
-
-
-def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, by the form that does not cancel; the other sees an argument safe for its gradient."""
-    near = x > -0.6931471805599453
-    return torch.where(
-        near,
-        torch.log(-torch.expm1(torch.where(near, x, -0.5))),
-        torch.log1p(-torch.exp(torch.where(near, -1.0, x))),
-    )
 
 
 def _unpaired(
@@ -301,12 +292,15 @@ def _with_sft(
     return loss + weight * nll, {"nll": nll}
 
 
-def _logp_sums(chosen_P: Tensor, rejected_P: Tensor, units: Count) -> dict[str, Tensor]:
-    return {"logps/chosen": mean_share(chosen_P, units), "logps/rejected": mean_share(rejected_P, units)}
+def _logps(chosen_P: Tensor, rejected_P: Tensor) -> dict[str, Tensor]:
+    return {"logps/chosen": chosen_P, "logps/rejected": rejected_P}
 
 
-def _reference_free_sums(beta: float, chosen_P: Tensor, rejected_P: Tensor, units: Count) -> dict[str, Tensor]:
-    return pair_sums(beta * chosen_P, beta * rejected_P, units) | _logp_sums(chosen_P, rejected_P, units)
+def _reference_free_sums(
+    beta: float, chosen_P: Tensor, rejected_P: Tensor, units: Count, **more: Tensor
+) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return pair_sums(beta * chosen_P, beta * rejected_P, units, **_logps(chosen_P, rejected_P), **more)
 
 
 def _label_sums(
