@@ -93,7 +93,7 @@ def cispo(
     t = terms("cispo", logp_T, old_logp_T, adv_T, mask_T, level=level, **_told_apart(common))
     ratio_N = t.ratio_N()
     clipped = {
-        "clip_low": t.counted(less(ratio_N, floor).mul_(less(t.adv_N, 0))),
+        "clip_low": t.counted(less(ratio_N, floor).mul_(less(t.adv_N, 0))) if floor else t.trained.new_zeros(()),
         "clip_high": t.counted(greater(ratio_N, cap).mul_(greater(t.adv_N, 0))),
     }
     return finish(_score(t, ratio_N.clamp_(floor, cap).mul_(t.adv_N).neg_()), t, clipped=clipped, **_rest(common))
