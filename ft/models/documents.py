@@ -9,7 +9,7 @@ transformers hands keyword arguments of a forward down to every mixer. ``Documen
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -34,20 +34,25 @@ _RECURRENT = ("linear_attention", "mamba", "conv", "recurrent")
 class Documents:
     """Which positions belong together.
 
-    ``lengths`` cut the one packed row; None means that each row is a document. ``rows`` and ``back_T`` turn the
+    ``lengths`` cut the one packed row; None means that each row is a document. A document with ``shared`` n also sees
+    the first n positions of the last document before it that shares none. ``rows`` and ``back_T`` turn the
     packed row into few groups of padded rows and back, for mixers that know rows only; empty where none is split.
     """
 
     lengths: tuple[int, ...] | None = None
+    shared: tuple[int, ...] = ()  # per document: see ``Batch.shared``; empty where none shares
     rows: tuple[Tensor, ...] = ()  # per group: positions [B, L]; padding repeats a document's last position
     back_T: Tensor | None = None  # where each position stands in the groups laid end to end
     pending: dict[int, list[Any]] = Factory(dict)  # outputs of all groups but the last, per mixer
 
 
-def documents(lengths: tuple[int, ...], *, split: bool, device: torch.device) -> Documents:
-    """The documents of a packed row; ``split`` prepares them for recurrent mixers too."""
+def documents(
+    lengths: tuple[int, ...], *, split: bool, device: torch.device, shared: tuple[int, ...] = ()
+) -> Documents:
+    """The documents of a packed row; ``split`` prepares them for recurrent mixers too, which cannot share."""
+    assert not (split and shared)
     if not split:
-        return Documents(lengths=lengths)
+        return Documents(lengths=lengths, shared=shared)
     rows, back = _groups(lengths)
     return Documents(lengths=lengths, rows=tuple(r.to(device) for r in rows), back_T=back.to(device))
 
@@ -91,7 +96,7 @@ def attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each document with itself: exact by construction, work sum(L^2), no T x T mask.
+    """Causal attention of each document with itself and what it shares: exact by construction, no T x T mask.
 
     Args:
         query, key, value: [B, H, T, D]; key and value may have fewer heads.
@@ -124,9 +129,9 @@ def attention(
         key, value, gqa = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1), False
 
     def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        L = q.shape[2]
-        banded = sliding_window is not None and sliding_window < L
-        mask = _band(L, sliding_window, q.device) if banded or not plain else None
+        Q, K = q.shape[2], k.shape[2]
+        banded = sliding_window is not None and sliding_window < K
+        mask = _band(Q, K, sliding_window, q.device) if banded or not plain or Q < K else None
         if not plain:
             assert mask is not None
             return _explicit(q, k, v, mask, scale, dropout, softcap, s_aux)
@@ -135,15 +140,28 @@ def attention(
         )
 
     lengths = documents.lengths if documents.lengths is not None else (query.shape[2],)
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    parts = zip(
+        query.split(lengths, 2), *(_seen(x.split(lengths, 2), documents.shared) for x in (key, value)), strict=True
+    )
     outputs = [one(q, k, v).transpose(1, 2) for q, k, v in parts]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)).contiguous(), None
 
 
-def _band(L: int, window: int | None, device: torch.device) -> Tensor:
-    """[L, L], True where a query (row) sees a key (column)."""
-    seen = torch.ones(L, L, dtype=torch.bool, device=device).tril()
-    return seen if window is None else seen.triu(1 - window)
+def _seen(parts: Sequence[Tensor], shared: Sequence[int]) -> list[Tensor]:
+    """Keys or values [B, H, K, D] that each document sees: what it shares, then its own."""
+    if not shared:
+        return list(parts)
+    seen, whole = [], parts[0]
+    for part, n in zip(parts, shared, strict=True):
+        whole = whole if n else part
+        seen.append(torch.cat([whole[:, :, :n], part], 2) if n else part)
+    return seen
+
+
+def _band(Q: int, K: int, window: int | None, device: torch.device) -> Tensor:
+    """[Q, K], True where a query (row) sees a key (column); the last query stands at the last key."""
+    seen = torch.ones(Q, K, dtype=torch.bool, device=device).tril(K - Q)
+    return seen if window is None else seen.triu(K - Q + 1 - window)
 
 
 def _explicit(

@@ -31,6 +31,8 @@ class Layout:
     """Hand over cu_seqlens and seq_idx, which flash attention and the kernels of recurrent layers understand."""
     split: bool = False
     """Recurrent mixers run document by document."""
+    shared: bool = False
+    """A prompt with several answers is forwarded once; they read its keys and values."""
 
     def __str__(self) -> str:
         how = [] if self.attention == BY_DOCUMENT else [f"{self.attention} attention"]
@@ -38,6 +40,7 @@ class Layout:
         how += ["explicit masks"] if self.masks != "none" else []
         how += ["cu_seqlens"] if self.varlen else []
         how += ["recurrent layers by document"] if self.split else []
+        how += ["a prompt once for all its answers"] if self.shared else []
         return f"{self.kind} ({', '.join(how)})" if how else self.kind
 
 
@@ -67,6 +70,11 @@ def candidates(
     if kind in ("auto", "padded"):
         found += [Layout(kind="padded", attention=name) for name in names]
     return tuple(found)
+
+
+def may_share(layout: Layout) -> bool:
+    """Whether a prompt can stand before several answers: attention can look back at it, a carried state cannot."""
+    return layout.attention == BY_DOCUMENT and layout.kind == "packed" and not layout.split and not layout.varlen
 
 
 def _packed_forms(name: str) -> tuple[Layout, ...]:
@@ -106,11 +114,13 @@ def forwarded(batch: Batch, layout: Layout) -> int:
 
 def _packed(batch: Batch, layout: Layout, config: PretrainedConfig, dtype: torch.dtype) -> Rows:
     T, device = batch.input_T.shape[0], batch.input_T.device
+    assert layout.shared or not batch.shared, "this layout forwards each prompt with each of its answers"
     filler = T - sum(batch.lengths)
     lengths = (*batch.lengths, filler) if filler else batch.lengths  # filler is one more document
     kwargs: dict[str, Any] = {"position_ids": batch.pos_T[None], "attention_mask": None}
     if layout.attention == BY_DOCUMENT or layout.split:
-        kwargs["documents"] = documents(lengths, split=layout.split, device=device)
+        shared = (*batch.shared, 0) if batch.shared and filler else batch.shared
+        kwargs["documents"] = documents(lengths, shared=shared, split=layout.split, device=device)
     if layout.masks != "none":
         kwargs["attention_mask"] = _masks(batch, layout, config, dtype)
     if layout.varlen:

@@ -9,6 +9,10 @@ Three measurements on one small seeded batch of ragged documents, cheap enough f
 3. values: log-probs must equal those of each document alone by the model's own attention and own logits, which also
    proves positions, sliding windows, and the scale and softcap of the head.
 Values are compared by their median: a router's top-k may flip on a rounding error, and a flip is not a leak.
+
+That several answers may share one prompt (``ft.data.share``) is proved likewise, on a batch of its own, against the
+same answers each behind its own copy of the prompt: values, gradients into prompt and answer, no gradient from one
+answer into another, and no change where another answer is replaced.
 Where the head scores, there are no log-probs: a fixed random projection of the hidden states stands in for them. What
 the head makes of one hidden state depends on no other.
 """
@@ -21,16 +25,18 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as c10d
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from ft.errors import ModelError
-from ft.models.layout import Layout, alone, candidates
+from ft.models.layout import Layout, alone, candidates, may_share
 from ft.models.policy import Scorer
 from ft.types import Batch
 
 LENGTHS = (37, 64, 2, 29)  # positions per document; together they cross the chunks (16 to 64) of recurrent kernels
+UNIT = (11, 24, 13, 5, 19)  # of a lone document, then of a prompt and its three answers
 WINDOW = 16  # sliding windows are shrunk to this meanwhile, so that short documents reach past them
+_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, ModelError)
 # Times the standard deviation of the log-probs themselves, which is small on random models and large on real ones.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 0.03, torch.bfloat16: 0.1}
 
@@ -48,13 +54,16 @@ class Finding:
     """Median distance from the log-probs of each document alone, in nats."""
     worst: float = float("nan")
     """Largest such distance."""
+    bent: float = 0.0
+    """With a shared prompt: median distance of gradients from those of unshared ones, over what is tolerated."""
     error: str = ""
     """Why it did not run."""
     tolerance: float = 0.0
 
     @property
     def ok(self) -> bool:
-        return not self.error and self.leak == 0 and self.moved <= self.tolerance and self.gap <= self.tolerance
+        close = self.moved <= self.tolerance and self.gap <= self.tolerance and self.bent <= 1
+        return not self.error and self.leak == 0 and close
 
     def __str__(self) -> str:
         if self.error:
@@ -73,22 +82,34 @@ class Report:
 
     findings: tuple[Finding, ...]
     requested: str
+    sharing: Finding | None = None
+    """The same layout with shared prompts, where it can have them; in use if it passes."""
 
     @property
     def layout(self) -> Layout:
-        return self.findings[-1].layout
+        return self.sharing.layout if self.sharing is not None and self.sharing.ok else self.findings[-1].layout
 
     def lines(self) -> list[str]:
         """One plain line on the layout in use; where `auto` fell back to padding, also why."""
         used = self.findings[-1]
         lines = [
-            f"layout: {used.layout}; checked: no gradient reaches another sequence, and outputs are within "
+            f"layout: {self.layout}; checked: no gradient reaches another sequence, and outputs are within "
             f"{used.gap:.0e} of each sequence alone"
         ]
         if self.requested == "auto" and used.layout.kind == "padded":
             best = next((f for f in self.findings if not f.error), self.findings[0])
             lines.append(f"packing would let sequences see each other on this model, so rows are padded. {best}")
+        if not self.layout.shared:
+            lines.append(f"where several answers have one prompt, each forwards a copy of it: {self._why_copies()}")
         return lines
+
+    def _why_copies(self) -> str:
+        if self.sharing is not None:
+            return f"sharing it does not give the same here. {self.sharing}"
+        if self.layout.kind == "padded":
+            return "rows are padded"
+        recurrent = self.layout.split or self.layout.varlen
+        return "recurrent layers cannot look back at it" if recurrent else "the attention is not ft's own"
 
 
 def check(
@@ -123,7 +144,9 @@ def check(
         for layout in tried:
             findings.append(_finding(scorer, layout, tokens, oracle))
             if findings[-1].ok:
-                return layout, Report(findings=tuple(findings), requested=requested)
+                sharing = _sharing(scorer, evolve(layout, shared=True), device) if may_share(layout) else None
+                report = Report(findings=tuple(findings), requested=requested, sharing=sharing)
+                return report.layout, report
     raise _refusal(findings, requested)
 
 
@@ -141,17 +164,73 @@ def _finding(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor], oracle_N:
     try:
         leak, value_N, dtype = _gradient_leak(scorer, layout, tokens)
         moved_N = _perturbed(scorer, layout, tokens)[len(tokens[0]) - 1 :] - value_N[len(tokens[0]) - 1 :]
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, ModelError) as error:
-        return Finding(layout=layout, error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+    except _FAILURES as error:
+        return _failed(layout, error)
+    return _measured(layout, leak, moved_N, value_N, oracle_N, dtype)
+
+
+def _failed(layout: Layout, error: Exception) -> Finding:
+    return Finding(layout=layout, error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+
+
+def _measured(
+    layout: Layout,
+    leak: Tensor,
+    moved_N: Tensor,
+    value_N: Tensor,
+    oracle_N: Tensor,
+    dtype: torch.dtype,
+    bent: Tensor | None = None,
+) -> Finding:
     gap_N = (value_N - oracle_N).abs()
     exact = dtype in (torch.float32, torch.float64)
     moved = moved_N.abs().max() if exact else moved_N.abs().median()
-    measured = torch.stack([leak, moved, gap_N.median(), gap_N.max()]).double()
+    bent = torch.zeros_like(leak) if bent is None else bent / _TOLERANCE[dtype]
+    measured = torch.stack([leak, moved, gap_N.median(), gap_N.max(), bent]).double()
     if c10d.is_available() and c10d.is_initialized() and c10d.get_world_size() > 1:
         c10d.all_reduce(measured, c10d.ReduceOp.MAX)  # ranks must not disagree
-    a, b, c, d = measured.tolist()
+    a, b, c, d, e = measured.tolist()
     tolerance = max(1e-6, _TOLERANCE[dtype] * float(oracle_N.std()))
-    return Finding(layout=layout, leak=a, moved=b, gap=c, worst=d, tolerance=tolerance)
+    return Finding(layout=layout, leak=a, moved=b, gap=c, worst=d, bent=e, tolerance=tolerance)
+
+
+def _sharing(scorer: Scorer, layout: Layout, device: torch.device) -> Finding:
+    """Three answers behind one prompt against three with a copy each. The first keeps the prompt; the last one's
+    gradient tells of leaks."""
+    lone, prompt, *answers = _tokens(scorer, UNIT, device)
+    n, own, vocab = len(prompt) - 1, len(answers[-1]), scorer.text_config.vocab_size
+
+    def unit(first: Tensor) -> Batch:
+        cut = [torch.cat([prompt[n:], answer]) for answer in answers[1:]]
+        return _batch([lone, torch.cat([prompt, first]), *cut], (0, 0, n, n))
+
+    batch, copies = unit(answers[0]), _batch([lone, *(torch.cat([prompt, answer]) for answer in answers)])
+    start, first_cut = batch.lengths[0], sum(batch.lengths[:2])
+    try:
+        oracle_TD, oracle_T, _ = _last_gradient(scorer, copies, layout, own)
+        grad_TD, value_T, dtype = _last_gradient(scorer, batch, layout, own)
+        with torch.no_grad():
+            other_T = _values(scorer, scorer(unit((answers[0] + vocab // 2) % vocab), layout, hidden=scorer.scores))
+    except _FAILURES as error:
+        return _failed(layout, error)
+    oracle_N = torch.cat([part[n:] for part in oracle_T.split(copies.lengths)[2:]])
+    inside_LD = torch.cat([grad_TD[start : start + n], grad_TD[-own:]])
+    outside_LD = torch.cat([grad_TD[:start], grad_TD[start + n : -own]])
+    bent_L = (inside_LD - oracle_TD[-n - own :]).abs().amax(-1) / oracle_TD.abs().amax()
+    bent = torch.maximum(bent_L[:n].median(), bent_L[n:].median()).nan_to_num(torch.inf)
+    leak = _ratio(inside_LD.abs().amax(), outside_LD.abs().amax())
+    moved_N = (other_T - value_T)[first_cut:]
+    return _measured(layout, leak, moved_N, value_T[first_cut:], oracle_N, dtype, bent)
+
+
+def _last_gradient(scorer: Scorer, batch: Batch, layout: Layout, own: int) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Gradient [T, D] of the last ``own`` positions with respect to the embeddings; values; precision."""
+    with torch.enable_grad(), _embeddings(scorer) as leaves:
+        found = scorer(batch, layout, hidden=True)
+        hidden_LD = found["hidden_TD"][-own:].float()
+        weight_LD = torch.randn(hidden_LD.shape, generator=torch.Generator().manual_seed(1)).to(hidden_LD)
+        (grad,) = torch.autograd.grad((hidden_LD * weight_LD).sum(), leaves)
+    return grad[0].detach().float(), _values(scorer, found), _precision(scorer, found["hidden_TD"].dtype)
 
 
 def _gradient_leak(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor, torch.dtype]:
@@ -171,9 +250,12 @@ def _gradient_leak(scorer: Scorer, layout: Layout, tokens: Sequence[Tensor]) -> 
     else:
         own[1, : batch.lengths[1]] = True
     inside, outside = rows[own].amax(), rows[~own].amax()
-    # nan compares as no leak, and no gradient inside proves nothing: both count as an infinite leak
-    leak = torch.where(torch.isfinite(inside) & (inside > 0) & torch.isfinite(outside), outside / inside, torch.inf)
-    return leak, _values(scorer, found), _precision(scorer, found["hidden_TD"].dtype)
+    return _ratio(inside, outside), _values(scorer, found), _precision(scorer, found["hidden_TD"].dtype)
+
+
+def _ratio(inside: Tensor, outside: Tensor) -> Tensor:
+    """nan compares as no leak, and no gradient inside proves nothing: both count as an infinite leak."""
+    return torch.where(torch.isfinite(inside) & (inside > 0) & torch.isfinite(outside), outside / inside, torch.inf)
 
 
 @torch.no_grad()
@@ -206,7 +288,7 @@ def _tokens(scorer: Scorer, lengths: Sequence[int], device: torch.device) -> lis
     return [torch.randint(0, vocab, (n + 1,), generator=generator).to(device) for n in lengths]
 
 
-def _batch(tokens: Sequence[Tensor]) -> Batch:
+def _batch(tokens: Sequence[Tensor], shared: tuple[int, ...] = ()) -> Batch:
     """Documents end to end, every position trained."""
     lengths = tuple(len(t) - 1 for t in tokens)
     T, S, device = sum(lengths), len(lengths), tokens[0].device
@@ -214,12 +296,13 @@ def _batch(tokens: Sequence[Tensor]) -> Batch:
     return Batch(
         input_T=torch.cat([t[:-1] for t in tokens]),
         target_T=torch.cat([t[1:] for t in tokens]),
-        pos_T=torch.cat([torch.arange(n) for n in lengths]).to(device),
+        pos_T=torch.cat([torch.arange(n) + at for n, at in zip(lengths, shared or [0] * S, strict=True)]).to(device),
         seq_T=torch.arange(S).repeat_interleave(lengths_S).to(device),
         cu_S1=torch.cat([torch.zeros(1), lengths_S.cumsum(0)]).to(device, torch.int32),
         mask_T=torch.ones(T, dtype=torch.bool, device=device),
         trained_N=torch.arange(T, device=device),
         lengths=lengths,
+        shared=shared,
         unit_S=torch.arange(S, device=device),
         group_S=torch.full((S,), -1, device=device),
     )
