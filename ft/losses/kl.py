@@ -51,7 +51,10 @@ def value_and_slope(d_T: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     minus_T = (-d_T).clamp_(max=BOUND)
     exp_T = minus_T.exp()
     value_T = exp_minus(minus_T, exp_T)
-    return value_T, d_T if kind == "k3+" else less(minus_T, BOUND) * (1 - exp_T)
+    if kind == "k3+":
+        return value_T, d_T
+    slope_T = less(minus_T, BOUND)
+    return value_T, slope_T.addcmul_(slope_T, exp_T, value=-1)
 
 
 def exp_minus(x_T: Tensor, exp_T: Tensor) -> Tensor:

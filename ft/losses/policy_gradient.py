@@ -121,8 +121,9 @@ def sapo(
     slope_N = t.ratio_slope_N(ratio_N)
     gate_N = ratio_N.sub_(1).mul_(tau_N).sigmoid_()
     slope_N.mul_(gate_N).addcmul_(slope_N, gate_N, value=-1)
-    gain_N = -4 * t.adv_N
-    term = Term(gate_N.div_(tau_N).mul_(gain_N), slope_N.mul_(gain_N), t.spread, t.by_sequence)
+    gate_N.div_(tau_N)
+    gain_N = torch.mul(t.adv_N, -4, out=tau_N)
+    term = Term(gate_N.mul_(gain_N), slope_N.mul_(gain_N), t.spread, t.by_sequence)
     return finish(term, t, **_rest(common, aggregate="sequence"))
 
 
@@ -170,7 +171,7 @@ def _held(t: Terms, clip: tuple[float, float], kept: Mask) -> tuple[Tensor, Tens
     torch.lt(slope_T, BOUND, out=slope_T).sub_(over_T).sub_(under_T).clamp_(min=0)
     held_T = (1 - over_T).sub_(under_T).mul_(log_T).add_(over_T, alpha=clip[1]).sub_(under_T, alpha=clip[0])
     clipped = {"clip_low": t.counted(under_T.mul_(less(t.adv_N, 0))), "clip_high": t.counted(over_T)}
-    return kept.keep(held_T), kept.keep(slope_T), clipped
+    return kept.keep_(held_T), kept.keep_(slope_T), clipped
 
 
 def vespo(
