@@ -57,16 +57,17 @@ def run(*words: str) -> subprocess.Popen[str]:
 
 
 def lines(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=850)
     assert process.returncode == 0, err
     return [json.loads(line) for line in out.splitlines()]
 
 
+@pytest.mark.timeout(900)  # a minute of compiling, once; Triton keeps what it compiled
 def test_every_kernel_compiles_for_every_target_and_fits():
     shares = [run("-m", "ft.kernels.aot", f"{part}/2") for part in range(2)]
     results = [line for share in shares for line in lines(share)]
-    expected = {(x.name, target) for x in aot.launches() for target in x.targets or aot.TARGETS}
-    assert {(r["name"], r["target"]) for r in results} == expected and len(results) == len(expected)
+    expected = [(x.name, target) for x in aot.launches() for target in x.targets or aot.TARGETS]
+    assert sorted((r["name"], r["target"]) for r in results) == sorted(expected)
     failed = [f"{r['name']} for {r['target']}: {r['error']}" for r in results if not r["ok"]]
     failed += [f"{r['name']} for {r['target']}: {r['shared']} of {r['limit']} bytes" for r in results if not r["fits"]]
     failed += [f"{r['name']} spills {r['spills']}" for r in results if r["target"] == "sm_90" and r["spills"]]

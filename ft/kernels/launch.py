@@ -23,7 +23,7 @@ class Launch:
     """One configuration of one ``@triton.jit`` kernel that ships, so that it can be compiled without a GPU.
 
     Args:
-        name: "op.kernel variant", unique.
+        name: "op.kernel variant", unique for a target.
         kernel: the function that ``@triton.jit`` made.
         signature: types of the arguments that are not constants, such as {"x": "*bf16", "n": "i32"}. Pointers are
             taken to be multiples of 16 bytes, as whole tensors are; "i32:16" says so of a number.
