@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ft.errors import ModelError
+from ft.errors import ModelError, RecipeError
 from ft.kernels import nf4
 from ft.kernels.nf4.cases import CASES, Case, make
 
@@ -173,13 +173,60 @@ def test_linear_gradcheck():
     assert torch.autograd.gradcheck(lambda x, b: nf4.linear(x, q, b), (x, b))
 
 
-def test_linear_keeps_no_dense_weight_for_backward():
-    q = nf4.quantise(torch.randn(64, 64))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("keep", [True, False])
+def test_linear_equals_a_dense_layer_of_torch(dtype, keep):
+    q = nf4.quantise(torch.randn(24, 50, generator=torch.Generator().manual_seed(0)))  # blocks straddle rows
+    layer = torch.nn.Linear(50, 24, dtype=dtype)
+    layer.weight.data.copy_(nf4.dequantise(q))
+    b = layer.bias.detach().clone().requires_grad_()
+    x = torch.randn(7, 3, 50, dtype=dtype, generator=torch.Generator().manual_seed(1)).transpose(0, 1).requires_grad_()
+    grad = torch.randn(3, 7, 24, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    y, expected = nf4.linear(x, q, b, keep=keep), layer(x)
+    got = torch.autograd.grad(y, (x, b), grad)
+    theirs = torch.autograd.grad(expected, (x, layer.bias), grad)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for a, e in zip((y, *got), (expected, *theirs), strict=True):
+        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
+
+
+def saved(x: Tensor, q: nf4.NF4Tensor, keep: bool = False) -> list[int]:
+    """Bytes of each tensor that linear holds for backward."""
     kept: list[int] = []
-    x = torch.randn(2, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
-        nf4.linear(x, q).sum()
-    assert sum(kept) == nf4.nbytes(q)
+        nf4.linear(x, q, keep=keep)
+    return kept
+
+
+def test_linear_keeps_the_dense_weight_only_when_asked():
+    q, x = nf4.quantise(torch.randn(64, 64, dtype=torch.bfloat16)), torch.randn(2, 64, requires_grad=True)
+    assert sum(saved(x, q)) == nf4.nbytes(q) == 2048 + 64 + 4 + 4
+    assert saved(x, q, keep=True) == [64 * 64 * 4]
+    bias = torch.zeros(64, requires_grad=True)
+    y = nf4.linear(x.detach(), q, bias, keep=True)  # no gradient to x, nothing to keep
+    y.sum().backward()
+    assert bias.grad is not None and bias.grad.tolist() == [2.0] * 64
+
+
+def test_linear_refuses_what_does_not_fit():
+    q = nf4.quantise(torch.randn(8, 64))
+    with pytest.raises(ModelError, match=r"fit its input\n.*a weight of \(any, 32\)\n.*\(8, 64\)"):
+        nf4.linear(torch.randn(2, 32), q)
+    with pytest.raises(ModelError, match="fit its input"):
+        nf4.linear(torch.randn(2, 64), nf4.quantise(torch.randn(2, 8, 64)))
+
+
+def test_triton_where_it_cannot_run_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    q, x = nf4.quantise(torch.randn(8, 64)), torch.randn(2, 64)
+    for run in (
+        lambda: nf4.quantise(x, impl="triton"),
+        lambda: nf4.dequantise(q, impl="triton"),
+        lambda: nf4.dequantise_rows(q, torch.tensor([0]), impl="triton"),
+        lambda: nf4.linear(x, q, impl="triton"),
+    ):
+        with pytest.raises(RecipeError, match=r"model\.kernels: Triton kernels cannot run here"):
+            run()
 
 
 def test_linear_under_autocast_computes_in_its_type():
@@ -211,6 +258,46 @@ def test_bitsandbytes_reads_our_entries():
     packed = entries.pop("experts.gate_up_proj")
     state = oracle.QuantState.from_dict(entries, device=torch.device("cpu"))
     assert same(oracle.dequantize_4bit(packed, state), nf4.dequantise(q))
+
+
+def test_storage_in_another_type_is_read():
+    w = make(Case(name="", shape=(16, 64)))
+    packed, state = oracle.quantize_4bit(w, quant_type="nf4", compress_statistics=True, quant_storage=torch.bfloat16)
+    assert packed.dtype == torch.bfloat16  # what FSDP asks for
+    entries = {"w": packed} | {f"w.{key}": value for key, value in state.as_dict(packed=True).items()}
+    assert same(nf4.dequantise(nf4.from_bnb("w", entries)), nf4.dequantise(nf4.quantise(w)))
+
+
+def test_checkpoints_pass_between_transformers_and_here(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+                                  num_attention_heads=4, num_key_value_heads=2, vocab_size=50)  # fmt: skip
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    dense.save_pretrained(tmp_path / "dense")
+    wish = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=wish, dtype=torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "theirs")
+
+    read, ours = load_file(tmp_path / "theirs" / "model.safetensors"), {}
+    for name, w in dense.state_dict().items():
+        if "_proj" in name:
+            q = nf4.quantise(w)
+            assert same(nf4.dequantise(nf4.from_bnb(name, read)), nf4.dequantise(q))
+            ours |= nf4.to_bnb(name, q)
+        else:
+            ours[name] = w
+    assert set(ours) == set(read) and all(same(ours[name], read[name]) for name in read)
+
+    (tmp_path / "ours").mkdir()
+    save_file(ours, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "ours" / "config.json").write_bytes((tmp_path / "theirs" / "config.json").read_bytes())
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(back.model.layers[0].mlp.gate_proj).__name__ == "Linear4bit"
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(back(tokens).logits, theirs(tokens).logits)
 
 
 def test_entries_that_do_not_fit_are_refused():
