@@ -162,6 +162,21 @@ def test_methods_without_a_reference_are_their_formulas_on_the_logits_of_transfo
         torch.testing.assert_close(out.loss.float(), value, rtol=1e-5, atol=1e-6)
 
 
+def test_a_margin_of_the_row_moves_the_zero_of_the_loss(world: World) -> None:
+    built = model(world)
+    _, policy, base = oracle(built)
+    rewards = torch.stack([0.5 * (p - b) for p, b in zip(policy, base, strict=True)]).detach()
+    margins = [evolve(e, margin=1.0 + e.unit) for e in PAIRS]  # type: ignore[operator]
+    expected = -F.logsigmoid(rewards[::2] - rewards[1::2] - torch.arange(1.0, 6.0)).mean()
+    method = DPO(beta=0.5, margin=True)
+    out, _, _ = one_step(method, built, world, examples=margins)
+    torch.testing.assert_close(out.loss.float(), expected, rtol=1e-5, atol=1e-6)
+    assert list(method.examples(0, Context(data=Rows(margins), examples=5, seed=0))) == margins
+    with pytest.raises(DataError, match=r"rows:0: this method asks for a margin"):
+        method.examples(0, Context(data=Rows(PAIRS), examples=5, seed=0))
+    assert not accepted(DPO, kind="ipo", margin=True)
+
+
 def test_the_likelihood_term_is_a_mean_over_chosen_tokens(world: World) -> None:
     built = model(world)
     _, policy, _ = oracle(built)

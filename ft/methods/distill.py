@@ -40,8 +40,8 @@ class Distill:
         return Asks(reference="states", compare=self._divergence)
 
     def _divergence(self, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-        options = {"beta": self.beta, "temperature": self.temperature}
-        return losses.generalized_jsd(student_NV, teacher_NV, tokens=1, **options).loss
+        beta, temperature = self.beta, self.temperature
+        return losses.generalized_jsd(student_NV, teacher_NV, beta=beta, temperature=temperature, tokens=1).loss
 
     def examples(self, step: int, ctx: Context) -> Sequence[Example]:
         return SFT().examples(step, ctx)

@@ -20,6 +20,7 @@ Kind = Literal[
     "apo_down", "discopop",
 ]  # fmt: skip
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
+WITH_MARGIN = ("sigmoid", "sigmoid_norm", "robust", "hinge")
 SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo_pair")
 DIVERGENT = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
 
@@ -95,11 +96,13 @@ class DPO:
     """discopop's temperature; None is 0.05."""
     shared_length: float = field(default=1.0, validator=validators.and_(validators.ge(0.0), validators.le(1.0)))
     """LD-DPO: weight of the tokens of an answer beyond the length of the pair's shorter one; 1 is plain DPO."""
+    margin: bool = field(default=False, validator=_only(*WITH_MARGIN))
+    """ODPO: ask of each pair the margin in its row (`margin`, or `score_chosen` - `score_rejected`), in units of reward."""
 
     asks = Asks(reference="logps")
 
     def examples(self, step: int, ctx: Context) -> Sequence[Example]:
-        return pairs.draw(step, ctx)
+        return pairs.draw(step, ctx, margin=self.margin)
 
     def prepare(self, batch: Batch, policy: Any) -> Batch:
         from ft.models.reference import reference_logps
@@ -123,6 +126,7 @@ class DPO:
             alpha=self.alpha,
             tau=self.tau,
             lengths=pairs.lengths(batch),
+            margin=pairs.split(batch.margin_S)[0] if self.margin and batch.margin_S is not None else None,
             units=counts.units,
             **sft,
         )

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def draw(step: int, ctx: Context) -> Sequence[Example]:
+def draw(step: int, ctx: Context, *, margin: bool = False) -> Sequence[Example]:
     """The pairs of a step.
 
+    Args:
+        margin: each must say how much better its chosen answer is.
+
     Raises:
-        DataError: rows that are not pairs.
+        DataError: rows that are not pairs; a pair without a margin.
     """
     assert ctx.data is not None
     examples = ctx.data.draw(step, ctx.examples, ctx.seed)
@@ -32,6 +35,14 @@ def draw(step: int, ctx: Context) -> Sequence[Example]:
     for example in examples:
         if example.unit is None or units[example.unit] != 2:
             raise _not_a_pair(example.source)
+        if margin and example.margin is None:
+            raise DataError(
+                "this method asks for a margin, and this row has none",
+                where=example.source,
+                expected='"margin", or "score_chosen" and "score_rejected"',
+                got="a pair without it",
+                fix="fill it in, or set method.margin=False",
+            )
     return examples
 
 

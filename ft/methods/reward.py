@@ -9,7 +9,6 @@ import attrs
 from attrs import field, frozen, validators
 
 from ft import losses
-from ft.errors import DataError
 from ft.methods import pairs
 from ft.types import Asks, Batch, Context, Counts, Example, LogProbs, LossOutput
 
@@ -33,7 +32,8 @@ class Reward:
         return Asks(head="score")
 
     def examples(self, step: int, ctx: Context) -> Sequence[Example]:
-        return [self._scored(example, ctx) for example in pairs.draw(step, ctx)]
+        padding = _padding(ctx)
+        return [at_last_token(example, padding) for example in pairs.draw(step, ctx, margin=self.margin)]
 
     def prepare(self, batch: Batch, policy: Any) -> Batch:
         pairs.check(batch)
@@ -44,17 +44,6 @@ class Reward:
         margin = None if batch.margin_S is None or not self.margin else pairs.split(batch.margin_S)[0]
         chosen_P, rejected_P = pairs.sums(logprobs.score_TC[:, 0], batch)  # one position of each answer is scored
         return losses.bradley_terry(chosen_P, rejected_P, margin=margin, centring=self.centring, units=counts.units)
-
-    def _scored(self, example: Example, ctx: Context) -> Example:
-        if self.margin and example.margin is None:
-            raise DataError(
-                "this method asks for a margin, and this row has none",
-                where=example.source,
-                expected='"margin", or "score_chosen" and "score_rejected"',
-                got="a pair without it",
-                fix="fill it in, or set method.margin=False",
-            )
-        return at_last_token(example, _padding(ctx))
 
 
 def _padding(ctx: Context) -> int | None:
