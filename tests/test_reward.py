@@ -27,12 +27,12 @@ from transformers import (
     AutoTokenizer,
 )
 
-from ft import DPO, KTO, NF4, SFT, AdamW, Batching, Data, LoRA, Model, Recipe, Reward, Save, Stepwise, dist
+from ft import NF4, AdamW, Batching, Data, LoRA, Model, Recipe, Reward, Save, Stepwise, dist
 from ft.data.dataset import prepare
 from ft.data.pack import collate
 from ft.data.tokenizer import byte_tokenizer
 from ft.dist import World, whole
-from ft.errors import DataError, ModelError, RecipeError
+from ft.errors import ModelError, RecipeError
 from ft.io.weights import resolve
 from ft.methods.reward import at_last_token
 from ft.models import head, leak, tiny
@@ -248,14 +248,23 @@ class Interrupted(Reward):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a tiny language model, as a hub has them."""
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny language models, as a hub has them, by family."""
     torch.set_num_threads(1)
-    folder, tokenizer = tmp_path_factory.mktemp("base"), byte_tokenizer()
+    return {family: base_folder(tmp_path_factory.mktemp("base"), family) for family in ("llama", "qwen3_5_moe_text")}
+
+
+def base_folder(folder: Path, family: str) -> Path:
+    tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(tiny.config_by_family("llama", len(tokenizer))).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(tiny.config_by_family(family, len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def base(bases: dict[str, Path]) -> Path:
+    return bases["llama"]
 
 
 def pairs_file(folder: Path) -> str:
@@ -302,15 +311,21 @@ def recipe(base: Path, folder: Path, method: Any, adapter: LoRA | None, **change
 ADAPTER = LoRA(r=2, targets=("all-linear",))
 
 
-@pytest.mark.parametrize(
-    ("method", "adapter"),
-    list(itertools.product((Reward(), Stepwise()), (None, ADAPTER))),
-    ids=lambda v: type(v).__name__,
-)
-def test_what_a_run_leaves_loads_with_equal_scores(
-    base: Path, tmp_path: Path, method: Any, adapter: LoRA | None
-) -> None:
+RUNS = {
+    "reward": (Reward(), None, "llama"),
+    "reward-lora": (Reward(), ADAPTER, "llama"),
+    "steps": (Stepwise(), None, "llama"),
+    "steps-lora": (Stepwise(), ADAPTER, "llama"),
+    "moe-reward-lora": (Reward(), LoRA(r=2, targets=("attention", "experts")), "qwen3_5_moe_text"),
+    "moe-steps": (Stepwise(), None, "qwen3_5_moe_text"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_a_run_leaves_loads_with_equal_scores(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
     """In transformers and peft, and taken up again by ft: the head of the folder or the adapter is used."""
+    method, adapter, family = RUNS[name]
+    base = bases[family]
     made = recipe(base, tmp_path, method, adapter)
     train(made)
     final, auto = tmp_path / "run" / "final", AUTO[method.asks.head]
@@ -325,7 +340,7 @@ def test_what_a_run_leaves_loads_with_equal_scores(
     with torch.no_grad():
         if isinstance(method, Reward):  # a padded batch of whole rows
             ids = [e.tokens_L[:-1].tolist() for e in drawn]
-            expected_N = loaded(**tokenizer.pad({"input_ids": ids}, return_tensors="pt")).logits
+            expected_N = loaded(**tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="right")).logits
         else:
             rows = [loaded(torch.from_numpy(e.tokens_L).long()[None, :-1]).logits[0, e.mask_L[1:]] for e in drawn]
             expected_N = torch.cat(rows)
@@ -428,83 +443,6 @@ def test_methods_survive_json() -> None:
     for method in METHODS.values():
         made = Recipe(model=Model(id="a/b"), data=Data(train="a.jsonl"), method=method)
         assert restore(dump(made)) == made
-
-
-# Judged steps as rows -------------------------------------------------------------------------------------------------
-
-
-def examples(tmp_path: Path, *lines: dict[str, Any], **options: Any) -> Any:
-    options = {"cache": None, "shuffle": False, **options}
-    data = Data(train=written(tmp_path / "rows.jsonl", list(lines)), **options)
-    return prepare(data.train, data, byte_tokenizer(), announce=lambda _: None)
-
-
-GOOD = {"prompt": "1+1+1?", "completions": ["1+1=2", "2+1=4"], "labels": [True, False]}
-
-
-def test_steps_are_judged_at_their_last_tokens(tmp_path: Path) -> None:
-    (row,) = examples(tmp_path, GOOD)
-    assert byte_tokenizer().decode(row.tokens_L) == "1+1+1?1+1=2\n2+1=4\n"
-    assert np.flatnonzero(row.mask_L).tolist() == [11, 17] and row.label_L[[11, 17]].tolist() == [1, 0]
-    (made,) = Stepwise().examples(0, Context(data=Given(examples=[row]), examples=1, seed=0))
-    batch = collate([made])
-    assert batch.trained_N.tolist() == [11, 17] and batch.input_T.tolist() == row.tokens_L.tolist()
-    assert batch.label_T is not None and batch.label_T[batch.mask_T].tolist() == [1, 0]
-    (row,) = examples(tmp_path, GOOD, separator="")
-    assert np.flatnonzero(row.mask_L).tolist() == [10, 15]
-
-
-def test_steps_go_on_from_a_conversation(tmp_path: Path) -> None:
-    (row,) = examples(tmp_path, {**GOOD, "prompt": [{"role": "user", "content": "hi"}], "labels": [0.25, 1]})
-    text = byte_tokenizer().decode(row.tokens_L)
-    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n1+1=2\n2+1=4\n"
-    assert row.label_L[row.mask_L].tolist() == [0.25, 1]
-
-
-def test_a_row_that_is_cut_keeps_the_labels_of_what_is_left(tmp_path: Path) -> None:
-    (row,) = examples(tmp_path, GOOD, max_tokens=14, overlong="truncate")
-    assert len(row.label_L) == len(row) == 14 and row.label_L[row.mask_L].tolist() == [1]
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"labels": [True]}, r"rows.jsonl:1.*labels: not a label for each step(?s:.*)2 labels"),
-        ({"completions": []}, r"must be a list that is not empty(?s:.*)completions|completions(?s:.*)not empty"),
-        ({"completions": ["a", "  "]}, r"answer is empty(?s:.*)|completions\[1\]"),
-        ({"completions": ["a", 3]}, r"completions\[1\]"),
-        ({"labels": [True, 1.5]}, r"labels\[1\]"),
-        ({"labels": ["yes", "no"]}, r"labels\[0\]"),
-        ({"prompt": ""}, r"prompt"),
-    ],
-)
-def test_malformed_steps_say_what_is_wrong(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(DataError, match=said):
-        examples(tmp_path, {**GOOD, **changes})
-
-
-def test_a_row_without_labels_among_others_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"rows.jsonl:2: a row without a label, where others have one"):
-        examples(tmp_path, GOOD, {"prompt": "a", "completion": "b"})
-
-
-@pytest.mark.parametrize("method", [SFT(), DPO(), KTO(), Reward()], ids=lambda m: type(m).__name__)
-def test_other_methods_refuse_judged_steps(tmp_path: Path, method: Method) -> None:
-    with pytest.raises(DataError, match=r"rows.jsonl:1"):
-        method.examples(0, Context(data=examples(tmp_path, GOOD), examples=1, seed=0))
-
-
-def test_rows_that_do_not_fit_the_method_are_refused(tmp_path: Path) -> None:
-    soft = examples(tmp_path, {**GOOD, "labels": [0.5, 1]})
-    context = Context(data=soft, examples=1, seed=0)
-    assert len(Stepwise(scores=1).examples(0, context)) == 1
-    with pytest.raises(DataError, match=r"rows.jsonl:1: a label between good and bad(?s:.*)method.scores=1"):
-        Stepwise().examples(0, context)
-    with pytest.raises(DataError, match="learns from judged steps"):
-        Stepwise().examples(0, Context(data=Given(examples=rows(Reward())), examples=1, seed=0))
-    without = [evolve(e, margin=None) for e in rows(Reward())]
-    with pytest.raises(DataError, match=r"rows:0: this method asks for a margin(?s:.*)method.margin=False"):
-        Reward(margin=True).examples(0, Context(data=Given(examples=without), examples=1, seed=0))
 
 
 if __name__ == "__main__":
