@@ -13,7 +13,7 @@ from attrs import evolve
 from safetensors.torch import load_file
 
 from ft import BCO, DPO, KTO, SFT, AdamW, Batching, Constant, Data, Distill, LoRA, Model, Recipe, Reference, Save
-from ft.errors import CheckpointError, RecipeError
+from ft.errors import CheckpointError, MissingFileError, RecipeError
 from ft.models import memory
 from ft.models import reference as references
 from ft.models.build import plan_config
@@ -94,7 +94,6 @@ def test_kept_log_probs_give_the_same_run_and_build_the_reference_once(
         built.append(second)
         return real(second, **options)
 
-    monkeypatch.setattr(known, "build_second", counting)
     monkeypatch.setattr(reference, "build_second", counting)
     kept = evolve(OTHER, cached=True)
     for name, ref in (("live", OTHER), ("cold", kept), ("warm", kept)):
@@ -209,14 +208,21 @@ def test_what_cannot_be_honoured_is_refused(tmp_path: Path, changes: dict[str, A
 
 
 def test_options_that_exclude_each_other_are_refused() -> None:
-    for options, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"cached": True, "every": 1}, "'every' must be 0 with cached=True"),
         ({"every": 1, "model": TINY}, "'every' must be 0 with a second model"),
         ({"mix": 0.5}, "'mix' must be left at 1 with every=0"),
         ({"every": 1, "mix": 0.0}, "'mix' must be > 0"),
-    ):
+    ]
+    for options, message in refused:
         with pytest.raises(ValueError, match=message):
             Reference(**options)
+
+
+def test_a_second_model_that_is_not_there_is_named_by_its_place(tmp_path: Path) -> None:
+    absent = Reference(model=Model(id=str(tmp_path / "absent")))
+    with pytest.raises(MissingFileError, match=r"reference\.model\.id: there is no model folder"):
+        reference.find(recipe(tmp_path, "run", reference=absent), None, None, None)
 
 
 def test_a_rehearsal_has_a_look_alike_of_the_second_model(tmp_path: Path) -> None:

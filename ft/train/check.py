@@ -107,7 +107,7 @@ def check(recipe: Recipe, console: Console, *, available: int | None = None) -> 
     if rows is None or tokenizer is None:
         sheet.left_out("one step", "without rows there is nothing to train on")
     elif trial == "none":
-        sheet.left_out("one step", "without a model there is nothing to train")
+        sheet.left_out("one step", "without the model and its reference there is nothing to train")
     else:
         sheet.attempt("one step", lambda: _step(recipe, trial == "real", folder, tokenizer, rows))
     return _verdict(sheet)
@@ -324,7 +324,8 @@ def _reference(recipe: Recipe, folder: ModelFolder | None, tokenizer: Any) -> Fo
 def _no_second(recipe: Recipe) -> str:
     if asked(recipe.method).reference == "none":
         return "none, the method compares with nothing"
-    return "the model with its adapters off" if recipe.adapter else "the model before its first step"
+    moves = f"; moved every {recipe.reference.every} steps" if recipe.reference.every else ""
+    return ("the model with its adapters off" if recipe.adapter else "the model before its first step") + moves
 
 
 def _memory(recipe: Recipe, shape: Shape, available: int | None, second: Second | None) -> Found[None]:

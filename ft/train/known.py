@@ -33,8 +33,9 @@ from ft.dist import World
 from ft.errors import RecipeError
 from ft.io.files import file_sha256, sync_folder, write_file
 from ft.models.policy import Policy
-from ft.models.reference import Second, build_second, policy_logps, reference_logps
+from ft.models.reference import Second, policy_logps, reference_logps
 from ft.recipe import Recipe
+from ft.train import reference
 from ft.train.evaluate import held_out_examples
 from ft.types import Asks, Batch, Context, Counts, Dataset, Example, LogProbs, LossOutput, Method, asked
 
@@ -156,7 +157,7 @@ def by_second(rows: Rows, second: Second, recipe: Recipe, world: World, say: Say
     """The rows with what a second model says of them; it is built only if something is missing, and let go of."""
     if not rows.missing:
         return fill(rows, policy_logps, None, recipe, world, say)
-    policy = build_second(second, world=world, parallel=recipe.parallel, say=say)
+    policy = reference.built(second, recipe, world, say)
     rows = fill(rows, policy_logps, policy, recipe, world, say)
     del policy
     gc.collect()  # sharded modules refer to each other in circles

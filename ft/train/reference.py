@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from attrs import evolve
@@ -17,7 +18,7 @@ from ft.models import memory, quant
 from ft.models.build import plan_config
 from ft.models.policy import Policy
 from ft.models.reference import Second, base_factors, build_second, move, moving
-from ft.recipe import Recipe, Reference
+from ft.recipe import Model, Recipe, Reference
 from ft.train import state
 from ft.train.session import Session
 from ft.types import asked
@@ -75,16 +76,34 @@ def find(recipe: Recipe, tokenizer: Any, config: Any, folder: ModelFolder | None
         if recipe.adapter is not None or reference.cached:  # kept from the policy itself, before its first step
             return None
         return Second(model=recipe.model, config=config, folder=folder, seed=recipe.seed, moves=reference.every > 0)
+    with _in_its_place():
+        own = _folder(model)
+        if own is not None and folder is not None:
+            same_vocabulary(tokenizer, load_tokenizer(own.path), str(own.path))
+        second = plan_config(model, own, vocab=len(tokenizer))
+    return Second(model=model, config=second, folder=own, seed=recipe.seed + 1)
+
+
+def _folder(model: Model) -> ModelFolder | None:
+    """A rehearsal goes on without one."""
     try:
-        own = resolve(model.id, model.revision, weights=False)
+        return resolve(model.id, model.revision, weights=False)
     except FtError:
         if not model.tiny:
             raise
-        own = None
-    if own is not None and folder is not None:
-        same_vocabulary(tokenizer, load_tokenizer(own.path), str(own.path))
-    second = plan_config(model, own, vocab=len(tokenizer))
-    return Second(model=model, config=second, folder=own, seed=recipe.seed + 1)
+        return None
+
+
+@contextmanager
+def _in_its_place() -> Iterator[None]:
+    """What is wrong with a second model's `model.id` is so at `reference.model.id`."""
+    try:
+        yield
+    except FtError as error:
+        if not error.where.startswith("model"):
+            raise
+        where = f"reference.{error.where}"
+        raise type(error)(error.problem, where=where, expected=error.expected, got=error.got, fix=error.fix) from error
 
 
 def same_vocabulary(own: Any, other: Any, where: str) -> None:
@@ -107,7 +126,14 @@ def fetch(second: Second | None) -> Second | None:
     """The same with its weights on this machine."""
     if second is None or second.folder is None or second.model.tiny:
         return second
-    return evolve(second, folder=resolve(second.model.id, second.model.revision))
+    with _in_its_place():
+        return evolve(second, folder=resolve(second.model.id, second.model.revision))
+
+
+def built(second: Second, recipe: Recipe, world: World, say: Say) -> Policy:
+    """The second model with its weights. Every rank calls it."""
+    with _in_its_place():
+        return build_second(second, world=world, parallel=recipe.parallel, say=lambda line: say(f"reference: {line}"))
 
 
 def attach(policy: Policy, recipe: Recipe, second: Second | None, world: World, say: Say) -> Policy:
@@ -117,7 +143,7 @@ def attach(policy: Policy, recipe: Recipe, second: Second | None, world: World, 
     if recipe.reference.cached:
         return evolve(policy, reference="kept")
     if second is not None:
-        return evolve(policy, reference=build_second(second, world=world, parallel=recipe.parallel, say=say))
+        return evolve(policy, reference=built(second, recipe, world, say))
     return evolve(policy, reference=base_factors(policy)) if recipe.reference.every else policy
 
 
@@ -127,17 +153,22 @@ def described(recipe: Recipe, policy: Policy) -> str:
         return "none"
     reference, settings = policy.reference, recipe.reference
     moves = f"; moved every {settings.every} steps, mix {settings.mix:g}" if settings.every else ""
+    itself = "the model with its adapters off" if recipe.adapter else "the model before its first step"
     if reference is None:
-        return "the model with its adapters off"
+        return itself
     if reference == "kept":
-        whose = settings.model.id if settings.model else "the model before its first step"
+        whose = _name(settings.model) if settings.model else itself
         return f"{whose}, whose log-probs were computed beforehand"
     if isinstance(reference, Policy):
         held = memory.size(sum(row.bytes for row in quant.table(reference.scorer.model)))
-        what = f"{settings.model.id}, frozen" if settings.model else "a copy of the starting weights"
+        what = f"{_name(settings.model)}, frozen" if settings.model else "a copy of the starting weights"
         return f"{what}, {held}{moves}"
     held = memory.size(sum(t.numel() * t.element_size() for t in reference.values()))
     return f"earlier adapters, at first none, {held}{moves}"
+
+
+def _name(model: Model) -> str:
+    return f"a random look-alike of {model.id}" if model.tiny else model.id
 
 
 # How it moves ---------------------------------------------------------------------------------------------------------
