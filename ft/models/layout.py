@@ -100,6 +100,7 @@ class Rows:
 
 def arrange(batch: Batch, layout: Layout, config: PretrainedConfig, dtype: torch.dtype) -> Rows:
     """Lay a batch out. Shapes come from ``batch.lengths``, so that nothing waits for the device."""
+    assert layout.shared or not batch.shared, "this layout forwards each prompt with each of its answers"
     if layout.kind == "packed":
         return _packed(batch, layout, config, dtype)
     return _padded(batch, layout)
@@ -114,7 +115,6 @@ def forwarded(batch: Batch, layout: Layout) -> int:
 
 def _packed(batch: Batch, layout: Layout, config: PretrainedConfig, dtype: torch.dtype) -> Rows:
     T, device = batch.input_T.shape[0], batch.input_T.device
-    assert layout.shared or not batch.shared, "this layout forwards each prompt with each of its answers"
     filler = T - sum(batch.lengths)
     lengths = (*batch.lengths, filler) if filler else batch.lengths  # filler is one more document
     kwargs: dict[str, Any] = {"position_ids": batch.pos_T[None], "attention_mask": None}
