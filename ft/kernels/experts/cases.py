@@ -1,4 +1,4 @@
-"""Routed-experts problems for tests and benchmarks: three layouts, ragged routing, empty experts."""
+"""Routed-experts problems for tests and benchmarks: four layouts, ragged routing, empty experts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Literal
 import torch
 from attrs import evolve, frozen
 from torch import Tensor
-from torch.nn.functional import relu, silu
+from torch.nn.functional import gelu, relu, silu
 
 from ft.kernels.experts import Factors, LoRA, Params, Stack
 from ft.kernels.nf4 import quantise
 
-Layout = Literal["gated", "gpt_oss", "plain"]
+Layout = Literal["gated", "gelu", "gpt_oss", "plain"]
 
 
 @frozen(kw_only=True)
 class Case:
-    """``plain`` has no gate; ``gpt_oss`` is transposed, interleaved, biased and clamped.
+    """``gelu`` is gated by GELU; ``plain`` has no gate; ``gpt_oss`` is transposed, interleaved, biased and clamped.
 
     ``used``: how many experts get rows; all by default.
     """
@@ -42,6 +42,14 @@ CASES = (
     Case(name="plain", layout="plain", T=9, K=3, E=5, D=8, I=24, r=16),
     Case(name="scales straddle experts", T=5, K=2, E=4, D=8, I=12),
     Case(name="one token", T=1, K=2, E=3, D=8, I=8),
+)
+
+RAGGED = (
+    Case(name="no tokens", T=0, K=2, E=3, D=8, I=8),
+    Case(name="63 tokens, odd widths and rank", T=63, K=3, E=7, D=10, I=6, r=3),
+    Case(name="1000 tokens, top 1, GELU", layout="gelu", T=1000, K=1, E=4, D=8, I=8, r=1),
+    Case(name="1000 tokens, one expert has it all", layout="gpt_oss", T=1000, K=1, E=4, D=8, I=8, used=1),
+    Case(name="most of 300 experts", layout="plain", T=63, K=2, E=300, D=8, I=8, r=16),
 )
 
 
@@ -90,7 +98,8 @@ def problem(
 
     M = case.I if case.layout == "plain" else 2 * case.I
     used = torch.randperm(case.E, generator=rng)[: case.used or case.E]
-    index_TK = torch.stack([used[torch.randperm(len(used), generator=rng)[: case.K]] for _ in range(case.T)])
+    picks = [used[torch.randperm(len(used), generator=rng)[: case.K]] for _ in range(case.T)]
+    index_TK = torch.stack(picks) if picks else torch.empty(0, case.K, dtype=torch.int64)
     weights = torch.rand(case.T, case.K, generator=rng, dtype=torch.float64)
     return Problem(
         hidden_TD=leaf(case.T, case.D),
@@ -117,6 +126,11 @@ def _gated(h_RM: Tensor) -> Tensor:
     return silu(gate) * up
 
 
+def _gelu_gated(h_RM: Tensor) -> Tensor:
+    gate, up = h_RM.chunk(2, dim=-1)
+    return gelu(gate, approximate="tanh") * up
+
+
 def _clamped(h_RM: Tensor) -> Tensor:
     gate, up = h_RM[..., ::2].clamp(max=1.5), h_RM[..., 1::2].clamp(-1.5, 1.5)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
@@ -126,4 +140,9 @@ def _squared(h_RM: Tensor) -> Tensor:
     return relu(h_RM).square()
 
 
-_ACTS: dict[Layout, Callable[[Tensor], Tensor]] = {"gated": _gated, "gpt_oss": _clamped, "plain": _squared}
+_ACTS: dict[Layout, Callable[[Tensor], Tensor]] = {
+    "gated": _gated,
+    "gelu": _gelu_gated,
+    "gpt_oss": _clamped,
+    "plain": _squared,
+}

@@ -1,13 +1,12 @@
-"""Routed experts by grouped products: rows sorted by expert once, one product per stack. Shapes as in the package.
+"""Routed experts in torch: the choice between two engines, and the one for devices that the host does not wait for.
 
-Two engines do the products. On the CPU a loop over the experts that received rows: they are known there, the product
-of one expert is a plain matrix product, and an NF4 stack is dequantised one expert at a time. Elsewhere
+On the CPU the host knows which experts received rows: see chunked.py. Elsewhere, here, rows sorted by expert once and
 ``torch.nn.functional.grouped_mm`` on whole stacks, which never asks the device which experts those are.
+Shapes as in the package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,52 +15,57 @@ from attrs import frozen
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ft.kernels.experts import Factors, LoRA, Params, Stack
-from ft.kernels.nf4 import NF4Tensor, dequantise, slice_rows
+from ft.kernels.experts import LoRA, Params, chunked
+from ft.kernels.experts.projection import Act, Kind, Needs, Tensors, Weights, split, sum_dtype, weights
+from ft.kernels.nf4 import NF4Tensor, dequantise
 
-Engine = Literal["auto", "loop", "grouped"]
+Engine = Literal["auto", "chunked", "grouped"]
 
 
 def experts(
-    hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, params: Params, lora: LoRA, *, engine: Engine = "auto"
+    hidden_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    params: Params,
+    lora: LoRA,
+    *,
+    keep: bool = False,
+    engine: Engine = "auto",
 ) -> Tensor:
     """out_TD; see ``ft.kernels.experts.experts``. ``engine`` is for tests: both run anywhere."""
     weight = params.up.weight
     dtype = hidden_TD.dtype if isinstance(weight, NF4Tensor) else weight.dtype
-    looped = engine == "loop" or (engine == "auto" and not _groups(hidden_TD.device, dtype, params))
-    route = sort(index_TK, weight.shape[0], looped=looped)
-    up, up_tensors = _split(params.up, lora.up, dtype, looped=looped)
-    down, down_tensors = _split(params.down, lora.down, dtype, looped=looped)
-    plan = _Plan(route=route, up=up, down=down, act=params.act)
-    out_TD: Any = _Experts.apply(plan, hidden_TD.to(dtype), weight_TK, *up_tensors, *down_tensors)
-    return out_TD.to(hidden_TD.dtype)
+    groups = engine == "grouped" or (engine == "auto" and grouped_mm_fits(hidden_TD.device, dtype, params))
+    run = _grouped if groups else chunked.experts
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        return run(hidden_TD.to(dtype), index_TK, weight_TK, params, lora, keep=keep).to(hidden_TD.dtype)
 
 
-def _groups(device: torch.device, dtype: torch.dtype, params: Params) -> bool:
-    """Whether grouped_mm takes these stacks: no float64, and rows of 16 bytes' multiples."""
+def grouped_mm_fits(device: torch.device, dtype: torch.dtype, params: Params) -> bool:
+    """Whether grouped_mm serves: off the CPU, no float64, and rows of 16 bytes' multiples."""
     widths = (*params.up.weight.shape[1:], *params.down.weight.shape[1:])
     return device.type != "cpu" and dtype != torch.float64 and all(n * dtype.itemsize % 16 == 0 for n in widths)
 
 
-def _split(stack: Stack, lora: Factors | None, dtype: torch.dtype, *, looped: bool) -> tuple[_Kind, _Tensors]:
-    """A projection as what autograd need not see and the four tensors that it may differentiate."""
-    quantised = stack.weight if isinstance(stack.weight, NF4Tensor) else None
-    weight = stack.weight if isinstance(stack.weight, Tensor) else None
-    kind = _Kind(quantised=quantised, transposed=stack.transposed, scaling=lora.scaling if lora else 0.0)
-    bias_EM = None if stack.bias_EM is None else stack.bias_EM.to(dtype)
-    return kind, (weight, bias_EM, *(_factors(lora, dtype, looped=looped) if lora else (None, None)))
+def _grouped(
+    hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, params: Params, lora: LoRA, *, keep: bool
+) -> Tensor:
+    up, up_tensors = split(params.up, lora.up)
+    down, down_tensors = split(params.down, lora.down)
+    route = sort(index_TK, params.up.weight.shape[0])
+    plan = _Plan(route=route, up=up, down=down, act=params.act, keep=keep)
+    tensors = (_aligned(t, hidden_TD.dtype) for t in (up_tensors, down_tensors))
+    return _Experts.apply(plan, hidden_TD, weight_TK, *(t for four in tensors for t in four))  # type: ignore[no-any-return]
 
 
-def _factors(lora: Factors, dtype: torch.dtype, *, looped: bool) -> tuple[Tensor, Tensor]:
-    """A and B in the type their products are made in.
-
-    In the loop that is float32 at least: rank-sized products of 16-bit matrices are ten times slower on a CPU.
-    grouped_mm takes one type, and ranks of 16 bytes' multiples: it gets zeros to fill up.
-    """
-    dtype = torch.promote_types(torch.float32, dtype) if looped else dtype
-    missing = 0 if looped else -lora.A_ErN.shape[1] % (16 // dtype.itemsize)
-    A_ErN, B_EMr = lora.A_ErN.to(dtype), lora.B_EMr.to(dtype)
-    return (F.pad(A_ErN, (0, 0, 0, missing)), F.pad(B_EMr, (0, missing))) if missing else (A_ErN, B_EMr)
+def _aligned(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """Bias, A and B in the one type that grouped_mm takes, and ranks filled up with zeros to 16 bytes."""
+    weight, bias_EM, A_ErN, B_EMr = tensors
+    bias_EM = None if bias_EM is None else bias_EM.to(dtype)
+    if A_ErN is None or B_EMr is None:
+        return weight, bias_EM, None, None
+    missing = -A_ErN.shape[1] % (16 // dtype.itemsize)
+    return weight, bias_EM, F.pad(A_ErN.to(dtype), (0, 0, 0, missing)), F.pad(B_EMr.to(dtype), (0, missing))
 
 
 # --- routing: one sort -----------------------------------------------------------------------------------------------
@@ -76,123 +80,72 @@ class Route:
     expert_R: Tensor
     row_TK: Tensor  # the row of each slot: the inverse of slot_R
     ends_E: Tensor  # int32; expert e owns rows ends_E[e - 1] : ends_E[e]
-    hit: tuple[int, ...] | None  # experts with rows, on the host, and how many; None for grouped_mm
-    rows: tuple[int, ...] | None
 
 
-def sort(index_TK: Tensor, experts: int, *, looped: bool) -> Route:
+def sort(index_TK: Tensor, experts: int) -> Route:
     """Sort the routed rows by expert, in token order within one."""
     expert_R, slot_R = index_TK.flatten().sort(stable=True)
     row_R = torch.empty_like(slot_R)
     row_R[slot_R] = torch.arange(slot_R.numel(), device=slot_R.device)
     ids_E = torch.arange(experts, device=expert_R.device, dtype=expert_R.dtype)
     ends_E = torch.searchsorted(expert_R, ids_E, right=True, out_int32=True)
-    counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist() if looped else None
     return Route(
         token_R=slot_R // index_TK.shape[1],
         slot_R=slot_R,
         expert_R=expert_R,
         row_TK=row_R.view_as(index_TK),
         ends_E=ends_E,
-        hit=None if counts is None else tuple(e for e, n in enumerate(counts) if n),
-        rows=None if counts is None else tuple(n for n in counts if n),
     )
 
 
 def combine(y_RD: Tensor, weight_TK: Tensor | None, route: Route) -> Tensor:
     """sum_k w_tk * y[row_tk], in float32 (float64 for float64)."""
-    dtype = torch.promote_types(torch.float32, y_RD.dtype)
+    dtype = sum_dtype(y_RD.dtype)
     weight_TK = None if weight_TK is None else weight_TK.to(dtype)
     return F.embedding_bag(route.row_TK, y_RD.to(dtype), mode="sum", per_sample_weights=weight_TK)
 
 
 # --- grouped products ------------------------------------------------------------------------------------------------
 
-Weights = Tensor | NF4Tensor
+
+def dense(w: Weights, dtype: torch.dtype) -> Tensor:
+    """The whole stack."""
+    return dequantise(w, dtype) if isinstance(w, NF4Tensor) else w
 
 
-def times(
-    x_RN: Tensor, w: Weights, route: Route, *, flip: bool, into: Tensor | None = None, scale: float = 1.0
-) -> Tensor:
-    """x_r W_e for each row, W_e = ``w[e]`` (``w[e]^T`` with ``flip``); ``into`` has scale * that added in place."""
-    if route.hit is None or route.rows is None:
-        w = dequantise(w, x_RN.dtype) if isinstance(w, NF4Tensor) else w
-        y_RM = F.grouped_mm(x_RN, w.mT if flip else w, offs=route.ends_E)
-        return y_RM if into is None else into.add_(y_RM, alpha=scale)
-    dtype = w.dtype if isinstance(w, Tensor) else x_RN.dtype
-    out_RM = x_RN.new_empty(len(x_RN), w.shape[1 if flip else 2], dtype=dtype) if into is None else into
-    pieces = zip(x_RN.split(route.rows), _matrices(w, route.hit, x_RN.dtype), out_RM.split(route.rows), strict=True)
-    for x, w_e, out in pieces:
-        x, w_e = x.to(dtype), w_e.t() if flip else w_e
-        if into is None:
-            torch.mm(x, w_e, out=out)
-        elif out.dtype == dtype:
-            out.addmm_(x, w_e, alpha=scale)
-        else:
-            out.add_(x @ w_e, alpha=scale)
-    return out_RM
-
-
-def _matrices(w: Weights, hit: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The matrices of some experts; of an NF4 stack one exists at a time, unless a scale straddles two."""
-    if isinstance(w, NF4Tensor) and w.shape[1] * w.shape[2] % w.block == 0:
-        yield from (dequantise(slice_rows(w, e, e + 1), dtype)[0] for e in hit)
-    else:
-        matrices = (dequantise(w, dtype) if isinstance(w, NF4Tensor) else w).unbind()
-        yield from (matrices[e] for e in hit)
+def times(x_RN: Tensor, w: Tensor, route: Route, *, flip: bool) -> Tensor:
+    """x_r W_e for each row, W_e = ``w[e]`` (``w[e]^T`` with ``flip``)."""
+    return F.grouped_mm(x_RN, w.mT if flip else w, offs=route.ends_E)
 
 
 def outer(g_RM: Tensor, x_RN: Tensor, route: Route) -> Tensor:
     """sum over each expert's rows of g_r x_r^T: (E, M, N), zero for an expert without rows."""
-    if route.hit is None or route.rows is None:
-        return F.grouped_mm(g_RM.t(), x_RN, offs=route.ends_E)
-    dtype = torch.promote_types(g_RM.dtype, x_RN.dtype)
-    out_EMN = g_RM.new_zeros(len(route.ends_E), g_RM.shape[1], x_RN.shape[1], dtype=dtype)
-    outs = out_EMN.unbind()
-    for e, g, x in zip(route.hit, g_RM.split(route.rows), x_RN.split(route.rows), strict=True):
-        torch.mm(g.t().to(dtype), x.to(dtype), out=outs[e])
-    return out_EMN
+    return F.grouped_mm(g_RM.t(), x_RN, offs=route.ends_E)
 
 
 # --- one projection --------------------------------------------------------------------------------------------------
 
-_Tensors = Sequence[Tensor | None]  # four: weight, bias_EM, A_ErN, B_EMr
-_Needs = Sequence[bool]  # which of those want a gradient
 
-
-@frozen(kw_only=True, eq=False)
-class _Kind:
-    quantised: NF4Tensor | None  # the weight, where it is NF4
-    transposed: bool
-    scaling: float
-
-
-def _project(x_RN: Tensor, kind: _Kind, tensors: _Tensors, route: Route) -> tuple[Tensor, Tensor | None]:
+def _project(x_RN: Tensor, w: Tensor, kind: Kind, tensors: Tensors, route: Route) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + b + s (x A^T) B^T, and x A^T."""
-    weight, bias_EM, A_ErN, B_EMr = tensors
-    y_RM = times(x_RN, _weights(kind, weight), route, flip=not kind.transposed)
+    _, bias_EM, A_ErN, B_EMr = tensors
+    y_RM = times(x_RN, w, route, flip=not kind.transposed)
     if bias_EM is not None:
         y_RM += bias_EM[route.expert_R]
     if A_ErN is None or B_EMr is None:
         return y_RM, None
     xa_Rr = times(x_RN, A_ErN, route, flip=True)
-    return times(xa_Rr, B_EMr, route, flip=True, into=y_RM, scale=kind.scaling), xa_Rr
+    return y_RM.add_(times(xa_Rr, B_EMr, route, flip=True), alpha=kind.scaling), xa_Rr
 
 
-def _project_back(g_RM: Tensor, kind: _Kind, tensors: _Tensors, route: Route) -> tuple[Tensor, Tensor | None]:
+def _project_back(g_RM: Tensor, w: Tensor, kind: Kind, tensors: Tensors, route: Route) -> tuple[Tensor, Tensor | None]:
     """dx = g W + s (g B) A, and g B."""
-    weight, _, A_ErN, B_EMr = tensors
-    dx_RN = times(g_RM, _weights(kind, weight), route, flip=kind.transposed)
+    _, _, A_ErN, B_EMr = tensors
+    dx_RN = times(g_RM, w, route, flip=kind.transposed)
     if A_ErN is None or B_EMr is None:
         return dx_RN, None
     gb_Rr = times(g_RM, B_EMr, route, flip=False)
-    return times(gb_Rr, A_ErN, route, flip=False, into=dx_RN, scale=kind.scaling), gb_Rr
-
-
-def _weights(kind: _Kind, weight: Tensor | None) -> Weights:
-    weights = kind.quantised if weight is None else weight
-    assert weights is not None
-    return weights
+    return dx_RN.add_(times(gb_Rr, A_ErN, route, flip=False), alpha=kind.scaling), gb_Rr
 
 
 def _project_grads(
@@ -201,10 +154,10 @@ def _project_grads(
     xa_Rr: Tensor | None,
     gb_Rr: Tensor | None,
     w_R: Tensor | None,
-    kind: _Kind,
+    kind: Kind,
     route: Route,
-    needs: _Needs,
-) -> _Tensors:
+    needs: Needs,
+) -> Tensors:
     """Gradients of weight, bias, A and B, each row's share times ``w_R``, which always scales the narrower factor."""
     dW = dbias_EM = dA_ErN = dB_EMr = None
     if needs[0]:
@@ -231,9 +184,10 @@ def _scaled(x_RN: Tensor, w_R: Tensor | None) -> Tensor:
 @frozen(kw_only=True, eq=False)
 class _Plan:
     route: Route
-    up: _Kind
-    down: _Kind
-    act: Callable[[Tensor], Tensor]
+    up: Kind
+    down: Kind
+    act: Act
+    keep: bool
 
 
 class _Experts(torch.autograd.Function):
@@ -246,9 +200,12 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, hidden_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None) -> Tensor:
         up, down, route = tensors[:4], tensors[4:], plan.route
-        h_RM, up_xa_Rr = _project(hidden_TD[route.token_R], plan.up, up, route)
-        y_RD, down_xa_Rr = _project(plan.act(h_RM), plan.down, down, route)
-        ctx.plan = plan
+        W_up = dense(weights(plan.up, up[0]), hidden_TD.dtype)
+        h_RM, up_xa_Rr = _project(hidden_TD[route.token_R], W_up, plan.up, up, route)
+        W_up = W_up if plan.keep else None  # down's stack comes next, and need not stand beside up's
+        W_down = dense(weights(plan.down, down[0]), hidden_TD.dtype)
+        y_RD, down_xa_Rr = _project(plan.act(h_RM), W_down, plan.down, down, route)
+        ctx.plan, ctx.kept = plan, (W_up, W_down) if plan.keep else (None, None)
         ctx.save_for_backward(hidden_TD, weight_TK, h_RM, up_xa_Rr, down_xa_Rr, *tensors)
         return combine(y_RD, weight_TK, route).to(hidden_TD.dtype)
 
@@ -263,14 +220,18 @@ class _Experts(torch.autograd.Function):
         with torch.enable_grad():
             h_RM = h_RM.detach().requires_grad_()
             a_RI = plan.act(h_RM)
-        u_RI, down_gb_Rr = _project_back(g_RD, plan.down, down, route)
+        W_up, W_down = ctx.kept
+        W_down = dense(weights(plan.down, down[0]), g_RD.dtype) if W_down is None else W_down
+        u_RI, down_gb_Rr = _project_back(g_RD, W_down, plan.down, down, route)
         dweight_TK = _routing_grad(a_RI.detach(), u_RI, g_RD, down[1], route) if needs[2] else None
         ddown = _project_grads(g_RD, a_RI.detach(), down_xa_Rr, down_gb_Rr, w_R, plan.down, route, needs[7:])
+        del W_down
         dhidden_TD, dup = None, (None,) * 4
         if needs[1] or any(needs[3:7]):
             (dh_RM,) = torch.autograd.grad(a_RI, h_RM, _scaled(u_RI, w_R))
             dh_RM = dh_RM.contiguous()
-            dx_RD, up_gb_Rr = _project_back(dh_RM, plan.up, up, route)
+            W_up = dense(weights(plan.up, up[0]), g_RD.dtype) if W_up is None else W_up
+            dx_RD, up_gb_Rr = _project_back(dh_RM, W_up, plan.up, up, route)
             dhidden_TD = combine(dx_RD, None, route).to(hidden_TD.dtype) if needs[1] else None
             x_RD = hidden_TD[route.token_R] if needs[3] or needs[5] else hidden_TD  # else not looked at
             dup = _project_grads(dh_RM, x_RD, up_xa_Rr, up_gb_Rr, None, plan.up, route, needs[3:7])
@@ -279,7 +240,7 @@ class _Experts(torch.autograd.Function):
 
 def _routing_grad(a_RI: Tensor, u_RI: Tensor, g_RD: Tensor, bias_ED: Tensor | None, route: Route) -> Tensor:
     """d out / d weight_TK, in float32 (float64 for float64)."""
-    dtype = torch.promote_types(torch.float32, a_RI.dtype)
+    dtype = sum_dtype(a_RI.dtype)
     d_R = torch.linalg.vecdot(a_RI.to(dtype), u_RI.to(dtype))
     if bias_ED is not None:
         d_R += torch.linalg.vecdot(bias_ED.to(dtype)[route.expert_R], g_RD.to(dtype))
