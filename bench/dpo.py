@@ -225,6 +225,8 @@ def accuracy(args: argparse.Namespace) -> None:
     held_out = [json.loads(line) for line in SUMS.read_text().splitlines()][512:]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "run"
+        if args.random:
+            args.model = make_model(Path(folder) / "model", AutoTokenizer.from_pretrained(args.model))
         train(
             evolve(
                 recipe,
@@ -248,7 +250,8 @@ def accuracy(args: argparse.Namespace) -> None:
         "logged": [v for line in lines for k, v in line.items() if k == "eval/rewards/accuracies"],
     }
     print(json.dumps(found, indent=2))
-    record("dpo", {"args": {"accuracy": True, "model": args.model, "epochs": args.epochs}, **found})
+    if not args.random:
+        record("dpo", {"args": {"accuracy": True, "model": args.model, "epochs": args.epochs}, **found})
 
 
 def _margin(model: Any, tokenizer: Any, row: dict[str, Any]) -> float:
