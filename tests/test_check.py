@@ -94,7 +94,7 @@ def test_a_rehearsal_is_go_and_leaves_no_trace(rehearsal: Recipe, tmp_path: Path
     assert found.go and failed(found) == [] and found.text.endswith("go\n")
     assert list(found.lines) == [
         *("recipe", "trackers", "run folder", "model folder", "tokenizer", "training rows", "held-out rows", "masks"),
-        *("model", "weights", "memory", "disk", "one step"),
+        *("model", "weights", "reference", "memory", "disk", "one step"),
     ]
     assert found.lines["training rows"][1].startswith("5 read, 5 kept; the longest has 34 tokens; 3 steps of 4 rows")
     assert found.lines["weights"] == ("left out", "a rehearsal starts from random ones")
@@ -119,7 +119,7 @@ def test_a_missing_data_file(rehearsal: Recipe):
     assert found.lines["training rows"][1] == "gone.jsonl: no such file or folder"
     assert found.lines["held-out rows"][0] == found.lines["model"][0] == found.lines["disk"][0] == "ok"
     assert found.lines["one step"][0] == "left out"
-    assert found.text.endswith("no-go: 1 of 12 items failed\n")
+    assert found.text.endswith("no-go: 1 of 13 items failed\n")
 
 
 def test_a_template_that_proves_nothing(real: Recipe, tmp_path: Path):
