@@ -85,11 +85,10 @@ def statistics_kernel(
     most_n = tl.maximum(tl.max(z_nv, 1), 0.1 * FORBIDDEN)
     z_nv -= most_n[:, None]
     exp_nv = tl.exp(z_nv)
-    at_n = stats + split.to(tl.int64) * N + row_n
-    step = splits.to(tl.int64) * N
-    tl.store(at_n, most_n, mask=here_n)
-    tl.store(at_n + step, tl.sum(exp_nv, 1), mask=here_n)
-    tl.store(at_n + 2 * step, tl.sum(z_nv * exp_nv, 1), mask=here_n)
+    split = split.to(tl.int64)
+    tl.store(stats + split * N + row_n, most_n, mask=here_n)
+    tl.store(stats + (split + splits) * N + row_n, tl.sum(exp_nv, 1), mask=here_n)
+    tl.store(stats + (split + 2 * splits) * N + row_n, tl.sum(z_nv * exp_nv, 1), mask=here_n)
 
 
 @triton.jit
