@@ -200,11 +200,11 @@ def _plans(rows: Sequence[tuple[Single | Steps, str]], tokenizer: Any, data: Dat
         if isinstance(value, Conversation):
             yield _chat(value, source, template_of(value), data)
         elif isinstance(value, Steps):
-            chat = isinstance(value.prompt, Conversation)
-            asked = _prompt_text(value.prompt, template_of(value.prompt), source) if chat else value.prompt
+            asked, begin = value.prompt, _Frame(head=frame.head)
+            if isinstance(asked, Conversation):
+                asked, begin = _prompt_text(asked, template_of(asked), source), _BARE
             parts = [(asked, False), *((step + data.separator, True) for step in value.steps)]
-            head = _BARE if chat else _Frame(head=frame.head)
-            yield _Plan(texts=_stretches(parts, apart), frame=head, ends=True)
+            yield _Plan(texts=_stretches(parts, apart), frame=begin, ends=True)
         elif isinstance(value, Text):
             yield _Plan(texts=((value.text, ((0, len(value.text)),)),), frame=frame, train_head=True)
         elif isinstance(value, Segments):
