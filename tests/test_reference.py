@@ -117,7 +117,7 @@ def test_dpo_with_a_second_model_is_the_formula_on_two_models_of_transformers(
     assert float(out.sums["rewards/chosen"]) == pytest.approx(float(h[::2].mean()), abs=1e-4)
     assert all(p.grad is None for p in other.scorer.parameters())
     split, split_grads, batches = one_step(DPO(beta=0.3), referred(built, other), world, tokens=40)
-    assert batches == 3
+    assert batches > 1
     torch.testing.assert_close(split.loss, out.loss, rtol=1e-5, atol=1e-6)
     for name, grad in grads.items():
         torch.testing.assert_close(split_grads[name], grad, rtol=1e-4, atol=1e-6)
