@@ -16,6 +16,9 @@ from ft.errors import ModelError
 from ft.kernels.routing import Strategy, reference, route
 from ft.kernels.routing.cases import CASES, STRATEGIES, Case, problem
 
+# Infinities and NaN are put in on purpose; numpy, which interprets the kernels, remarks on them.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
 LOGITS = torch.tensor([0.6, 0.3, 0.1]).log()[None]
 
 
@@ -267,3 +270,10 @@ def test_strategies_that_do_not_fit_are_refused(options: dict[str, Any], message
         route(torch.zeros(2, 4), Strategy(**options))
     with pytest.raises(ModelError, match="correction bias has the wrong shape"):
         route(torch.zeros(2, 4), Strategy(k=1), torch.zeros(3))
+
+
+def test_float64_is_for_torch():
+    logits = torch.zeros(2, 4, dtype=torch.float64)
+    assert route(logits, Strategy(k=1))[1].dtype == torch.float64
+    with pytest.raises(ModelError, match="16 or 32 bits"):
+        route(logits, Strategy(k=1), impl="triton")

@@ -188,7 +188,10 @@ def weigh_kernel(
     a_ptr, u_ptr, weight_ptr, dweight_ptr, bias_ptr, g_ptr, expert_R, slot_R, R, K, I, D,
     BR: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """dweight at r's slot = <a_r, u_r> + <bias_e, g_t>, and u_r becomes weight_r u_r."""
+    """dweight at r's slot = <a_r, u_r> + <bias_e, g_t>, and u_r becomes weight_r u_r.
+
+    In place is safe because a tile has more elements than a program has threads: one thread alone reads an element.
+    """
     row, column = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BI)
     here = row < R
     slot = tl.load(slot_R + row, mask=here, other=0)

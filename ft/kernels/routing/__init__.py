@@ -62,11 +62,12 @@ def route(
     chooses the lower index; the torch form leaves it to torch.topk, as the models' own routers do.
 
     Raises:
-        ModelError: a strategy that contradicts itself, or does not fit the number of experts.
+        ModelError: a strategy that contradicts itself, or does not fit the number of experts; float64 for Triton.
         RecipeError: an ``impl`` that cannot run here.
     """
     _check(logits_TE, strategy, bias_E, expert_scale_E)
-    if check(impl, logits_TE) == "triton":
+    wide = impl == "auto" and logits_TE.dtype.itemsize > 4  # float64 is for checks of gradients
+    if check("torch" if wide else impl, logits_TE) == "triton":
         from ft.kernels.routing import triton
 
         return triton.route(logits_TE, strategy, bias_E, expert_scale_E)

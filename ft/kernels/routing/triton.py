@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ft.kernels.launch import Launch
+from ft.errors import ModelError
+from ft.kernels.launch import Launch, device
 from ft.kernels.routing import Strategy
 
 _TYPES = {
@@ -175,7 +176,14 @@ def backward_kernel(
 def route(
     logits_TE: Tensor, strategy: Strategy, bias_E: Tensor | None = None, expert_scale_E: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(index_TK, weight_TK); see ``ft.kernels.routing.route``."""
+    """(index_TK, weight_TK); see ``ft.kernels.routing.route``.
+
+    Raises:
+        ModelError: logits of a type that the kernel does not take.
+    """
+    if logits_TE.dtype not in _TYPES:
+        raise ModelError("Triton routes by floats of 16 or 32 bits", got=str(logits_TE.dtype), fix='use impl="torch"')
+    bias_E, expert_scale_E = (None if t is None else t.contiguous() for t in (bias_E, expert_scale_E))
     return _Route.apply(logits_TE, expert_scale_E, bias_E, strategy)  # type: ignore[return-value]
 
 
@@ -217,7 +225,8 @@ def _start(config: Launch, T: int, *args: Any) -> None:
     if T:
         grid = (triton.cdiv(T, config.constants["BT"]),)
         named = {name: value for name, value in config.constants.items() if not name.endswith("_ptr")}
-        config.kernel[grid](*args, **named, **config.options)
+        with device(args[0]):
+            config.kernel[grid](*args, **named, **config.options)
 
 
 def _weight_type(s: Strategy, dtype: torch.dtype) -> torch.dtype:
