@@ -12,7 +12,7 @@ import torch
 from attrs import evolve
 from safetensors.torch import load_file
 
-from ft import BCO, DPO, KTO, SFT, AdamW, Batching, Constant, Data, Distill, LoRA, Model, Recipe, Reference, Save
+from ft import BCO, DPO, GRPO, KTO, SFT, AdamW, Batching, Constant, Data, Distill, LoRA, Model, Recipe, Reference, Save
 from ft.errors import CheckpointError, MissingFileError, RecipeError
 from ft.models import memory
 from ft.models import reference as references
@@ -191,6 +191,7 @@ def test_a_reference_that_does_not_move_is_in_no_checkpoint(tmp_path: Path) -> N
     [
         ({"method": SFT(), "reference": OTHER}, "reference: SFT has no reference"),
         ({"method": SFT(), "reference": Reference(cached=True)}, "reference: SFT has no reference"),
+        ({"method": GRPO(kl=0.1), "reference": Reference(cached=True)}, r"reference\.cached: GRPO samples its answers"),
         ({"reference": Reference(every=2, mix=0.5)}, r"reference\.mix: adapters cannot be mixed"),
         (
             {"method": Distill(), "reference": evolve(OTHER, cached=True)},

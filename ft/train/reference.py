@@ -45,6 +45,9 @@ def check(recipe: Recipe) -> None:
     if wants == "states" and reference.cached:
         raise RecipeError(f"{name} learns from whole distributions, and only log-probs are kept",
                           where="reference.cached", fix="reference.cached=false")  # fmt: skip
+    if asked(recipe.method).rows == "prompts" and reference.cached:
+        raise RecipeError(f"{name} samples its answers, which nobody knows beforehand", where="reference.cached",
+                          fix="reference.cached=false")  # fmt: skip
     if reference.every and recipe.adapter is not None and wants == "states":
         raise RecipeError(f"{name} cannot learn from adapters that move", where="reference.every", expected="0",
                           fix="train all weights: adapter=none")  # fmt: skip
