@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ft.errors import ModelError
 from ft.kernels import nf4
+from ft.kernels.launch import interpreted
 from ft.kernels.nf4.cases import CASES, Case, make
 
 triton = pytest.importorskip("ft.kernels.nf4.triton")
@@ -159,3 +160,24 @@ def test_what_products_are_not_meant_for_is_dequantised():
         assert not triton.products(x, q)
     assert not triton.products(torch.ones(4, 50).half(), nf4.quantise(torch.randn(8, 50)))
     assert nf4.linear(torch.ones(0, 64).half(), q, impl="triton").shape == (0, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(interpreted(), reason="kernels are interpreted; set TRITON_INTERPRET=0")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_on_a_device_bits_equal_the_reference(case):
+    w = make(case)
+    expected = nf4.quantise(w, block=case.block, double=False)
+    got = nf4.quantise(w.cuda(), block=case.block, double=False, impl="triton")
+    assert torch.equal(got.packed.cpu(), expected.packed) and torch.equal(got.absmax.cpu(), expected.absmax)
+    q = nf4.quantise(w, block=case.block, double=case.double)
+    there = evolve(q, **{name: None if t is None else t.cuda() for name, t in named(q).items()})
+    assert torch.equal(nf4.dequantise(there, impl="triton").cpu(), nf4.dequantise(q))
+    if len(q.shape) == 2:
+        x = torch.randn(5, q.shape[1], dtype=q.dtype)
+        y = nf4.linear(x.cuda(), there, impl="triton").cpu()
+        torch.testing.assert_close(y.float(), x.float() @ nf4.dequantise(q).float().T, rtol=2e-2, atol=2e-2)
+
+
+def named(q: nf4.NF4Tensor) -> dict[str, Tensor | None]:
+    return {"packed": q.packed, "absmax": q.absmax, "absmax2": q.absmax2, "offset": q.offset}
