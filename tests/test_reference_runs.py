@@ -29,6 +29,13 @@ OTHER = Reference(model=Model(id="nowhere/qwen3", family="qwen3", tiny=True, dty
 ADAPTER = LoRA(r=4, targets=("attention",))
 
 
+def length(rollout: Any) -> float:
+    return float(len(rollout.tokens_L))
+
+
+SAMPLES = GRPO(rewards=length, kl=0.1)
+
+
 @pytest.fixture(autouse=True)
 def calm() -> None:
     torch.set_num_threads(1)
@@ -191,7 +198,7 @@ def test_a_reference_that_does_not_move_is_in_no_checkpoint(tmp_path: Path) -> N
     [
         ({"method": SFT(), "reference": OTHER}, "reference: SFT has no reference"),
         ({"method": SFT(), "reference": Reference(cached=True)}, "reference: SFT has no reference"),
-        ({"method": GRPO(kl=0.1), "reference": Reference(cached=True)}, r"reference\.cached: GRPO samples its answers"),
+        ({"method": SAMPLES, "reference": Reference(cached=True)}, r"reference\.cached: GRPO samples its answers"),
         ({"reference": Reference(every=2, mix=0.5)}, r"reference\.mix: adapters cannot be mixed"),
         (
             {"method": Distill(), "reference": evolve(OTHER, cached=True)},
