@@ -196,6 +196,7 @@ def _lookup(packed: Tensor, index: Tensor, out: Tensor) -> None:
 
 
 def _multiply(values: Tensor, scale_B: Tensor, block: int) -> None:
+    """In place, each ``block`` values by their scale; the last may be fewer."""
     full = len(values) // block
     values[: full * block].view(-1, block).mul_(scale_B[:full, None])
     if full * block < len(values):
@@ -213,7 +214,11 @@ def _scales(q: NF4Tensor, start: int, stop: int) -> Tensor:
     """float32 scale of blocks start..stop."""
     if q.absmax2 is None:
         return q.absmax[start:stop]
-    return _scales_at(q, torch.arange(start, stop, device=q.absmax.device))
+    if q.offset is None or start % NESTED_BLOCK:
+        return _scales_at(q, torch.arange(start, stop, device=q.absmax.device))
+    scale_B = _dynamic(q.absmax.device).index_select(0, q.absmax[start:stop].int())
+    _multiply(scale_B, q.absmax2[start // NESTED_BLOCK : -(-stop // NESTED_BLOCK)], NESTED_BLOCK)
+    return scale_B.add_(q.offset)
 
 
 def _scales_at(q: NF4Tensor, index_B: Tensor) -> Tensor:
