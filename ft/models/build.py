@@ -20,7 +20,7 @@ from ft.dist import World
 from ft.errors import ModelError, RecipeError
 from ft.io.adapter import load_adapter
 from ft.io.weights import ModelFolder, listing, open_weights
-from ft.models import experts, head, leak, load, lora, quant, tiny
+from ft.models import experts, head, leak, load, lora, quant, routes, tiny
 from ft.models.policy import Policy, Scorer, has_balance_loss
 from ft.recipe import LoRA, Model, Parallel
 from ft.types import Asks
@@ -167,9 +167,13 @@ def router_loss(net: PreTrainedModel) -> float:
 
 
 def recompute(net: PreTrainedModel) -> None:
-    """Layers recompute their activations in backward. transformers renamed the switch in 5.2x."""
+    """Layers recompute their activations in backward, but not which experts they choose (see routes.py)."""
+    options: dict[str, Any] = {"use_reentrant": False}
+    if experts.expert_modules(net):
+        options["context_fn"] = routes.kept
+    # transformers renamed the switch in 5.2x
     enable = getattr(net, "activation_checkpointing_enable", net.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    enable(options)
 
 
 def freeze(net: nn.Module, ends: tuple[str, ...]) -> None:
