@@ -180,6 +180,7 @@ class Context:
     data: Drawn | None
     examples: int  # per step, over all ranks
     seed: int
+    tokens: int | None = None  # most positions of a micro-batch, for methods that choose what must share one
     tokenizer: Any = None
     sampler: Sampler | None = None
     judge: Judge | None = None

@@ -90,7 +90,8 @@ def _read_template(path: Path) -> str:
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's end of sequence, and those of the model's generation_config.json."""
-    found = {tokenizer.eos_token_id}
+    own: Any = tokenizer.eos_token_id
+    found = {own}
     config = folder / "generation_config.json" if folder else None
     if config is not None and config.is_file():
         ends = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")

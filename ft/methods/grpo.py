@@ -86,7 +86,7 @@ class GRPO:
     def examples(self, step: int, ctx: Context) -> Sequence[Example]:
         groups = rollouts.scored(step, ctx, self.group)
         ctx.note(facts(groups))
-        return rollouts.to_examples(groups, self.advantage, truncated=self.truncated)
+        return rollouts.to_examples(groups, self.advantage, truncated=self.truncated, tokens=ctx.tokens)
 
     def prepare(self, batch: Batch, policy: Any) -> Batch:
         if not self.kl:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from ft.rollout.facts import Groups
 from ft.types import Batch, Context, Counts, Example, LogProbs, Rollout
@@ -50,21 +50,35 @@ def scored(step: int, ctx: Context, n: int) -> list[list[Rollout]]:
     return [flat[i : i + n] for i in range(0, len(flat), n)]
 
 
-def to_examples(groups: Groups, advantage: str, *, truncated: bool) -> list[Example]:
+def to_examples(groups: Groups, advantage: str, *, truncated: bool, tokens: int | None = None) -> list[Example]:
     """One example for each answer; the answer is trained, the prompt is not.
 
     An answer without a score has advantage 0, as have those of a group that was scored alike. ``truncated=False``
-    leaves answers that were cut off out of the loss, though not out of their group's mean.
+    leaves answers that were cut off out of the loss, though not out of their group's mean. Answers of one prompt are
+    units of at most ``tokens`` positions, so that their prompt is forwarded once.
     """
     from ft.losses import advantage as estimators
 
     flat = [rollout for group in groups for rollout in group]
     adv = _advantages(flat, [g for g, group in enumerate(groups) for _ in group], getattr(estimators, advantage))
-    return [
+    examples = [
         _example(rollout, value, group)
         for rollout, value, group in zip(flat, adv, [g for g, x in enumerate(groups) for _ in x], strict=True)
         if truncated or rollout.finish != "length"
     ]
+    return examples if tokens is None else _in_units(examples, tokens)
+
+
+def _in_units(examples: Sequence[Example], tokens: int) -> list[Example]:
+    """Neighbours of one group share a unit while they fit into ``tokens`` positions, whole prompts counted."""
+    found: list[Example] = []
+    unit, room = -1, 0
+    for i, example in enumerate(examples):
+        if i == 0 or example.group != examples[i - 1].group or len(example) - 1 > room:
+            unit, room = unit + 1, tokens
+        room -= len(example) - 1
+        found.append(evolve(example, unit=unit))
+    return found
 
 
 def _advantages(flat: Sequence[Rollout], group: Sequence[int], estimator: Callable[..., Tensor]) -> list[float]:
@@ -115,8 +129,8 @@ def importance(logp_T: Tensor, adv_T: Tensor, batch: Batch, correction: Correcti
 
 
 def denominators(aggregate: str, counts: Counts) -> dict[str, Any]:
-    """The step's numbers that the mean is over."""
-    return {"tokens": counts.tokens, "seqs": counts.seqs}
+    """The step's numbers that means are over."""
+    return {"tokens": counts.tokens} | ({} if aggregate == "token" else {"seqs": counts.seqs})
 
 
 def mismatch(logprobs: LogProbs, batch: Batch, counts: Counts) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ def _last(said: str) -> str:
 
 
 def last_number(completions: Sequence[str], answer: Sequence[Any], **columns: Any) -> Scores:
-    """1 where the last number in the completion is the column ``answer``; else 0. Spaces after a minus sign are let be."""
+    """1 where the last number in the completion equals the column ``answer``; else 0."""
     found = [re.findall(r"-?\s?\d[\d,]*(?:\.\d+)?", said) for said in completions]
     said = [re.sub(r"[\s,]", "", numbers[-1]) if numbers else None for numbers in found]
     return [float(one is not None and float(one) == float(right)) for one, right in zip(said, answer, strict=True)]

@@ -19,6 +19,7 @@ from rich.text import Text
 from ft import dist
 from ft.data.dataset import Prepared
 from ft.data.pack import pack
+from ft.data.share import share_prompts
 from ft.errors import CapacityError, CheckpointError, FtError, MissingFileError, RecipeError, RunFolderError
 from ft.io import checkpoint
 from ft.io.adapter import load_adapter
@@ -30,6 +31,7 @@ from ft.models.reference import Second
 from ft.recipe import Recipe, dump, run_folder, total_steps
 from ft.train import keep, optim, reference, setup
 from ft.train.inspect import oddities, prepared
+from ft.train.setup import Rows
 from ft.train.trial import longest, try_step
 from ft.types import asked
 
@@ -236,12 +238,12 @@ def _tokenizer(recipe: Recipe, folder: ModelFolder | None) -> Found[Any]:
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def _data(recipe: Recipe, tokenizer: Any, sheet: Sheet) -> Prepared | None:
+def _data(recipe: Recipe, tokenizer: Any, sheet: Sheet) -> Rows | None:
     """Training and held-out rows, rendered, masked and cut as a run would."""
     train = sheet.attempt("training rows", lambda: _rows(recipe, tokenizer, held_out=False))
     if recipe.data.eval:
         sheet.attempt("held-out rows", lambda: _rows(recipe, tokenizer, held_out=True))
-    if train is not None:
+    if isinstance(train, Prepared):
         share = train.report.trained / max(1, train.report.tokens)
         odd = tuple(oddities(train, tokenizer, recipe))
         text = f"proven on all {train.report.kept:,} rows; {share:.1%} of the tokens are trained"
@@ -249,9 +251,10 @@ def _data(recipe: Recipe, tokenizer: Any, sheet: Sheet) -> Prepared | None:
     return train
 
 
-def _rows(recipe: Recipe, tokenizer: Any, *, held_out: bool) -> Found[Prepared]:
+def _rows(recipe: Recipe, tokenizer: Any, *, held_out: bool) -> Found[Rows]:
     data = prepared(recipe, recipe.data.eval if held_out else recipe.data.train, tokenizer, lambda line: None)
-    pack(longest(data, tokens=recipe.batch.tokens, examples=recipe.batch.examples), tokens=recipe.batch.tokens)
+    longest_ones = longest(data, tokens=recipe.batch.tokens, examples=recipe.batch.examples)
+    pack(share_prompts(longest_ones), tokens=recipe.batch.tokens)  # a model that cannot share fails in the trial
     text = data.report.lines()[0].removeprefix("rows: ") + f"; the longest has {data.report.longest:,} tokens"
     if not held_out:
         text += f"; {total_steps(recipe, data.per_epoch):,} steps of {recipe.batch.examples} rows"
@@ -344,7 +347,7 @@ def _memory(recipe: Recipe, shape: Shape, available: int | None, second: Second 
 # One step -------------------------------------------------------------------------------------------------------------
 
 
-def _step(recipe: Recipe, real: bool, folder: ModelFolder | None, tokenizer: Any, rows: Prepared) -> Found[None]:
+def _step(recipe: Recipe, real: bool, folder: ModelFolder | None, tokenizer: Any, rows: Rows) -> Found[None]:
     tried = try_step(recipe, real=real, folder=folder, tokenizer=tokenizer, rows=rows)
     which = "the real model" if real and not recipe.model.tiny else "a random look-alike, not the real model"
     text = (

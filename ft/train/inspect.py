@@ -13,11 +13,13 @@ import numpy as np
 from attrs import evolve, frozen
 from rich.text import Text
 
-from ft.data.dataset import Prepared, prepare
+from ft.data.dataset import Prepared
 from ft.data.pack import pack, positions
+from ft.data.prompts import Prompts
 from ft.recipe import Recipe, total_steps
 from ft.recipe.parts import Source
 from ft.train import setup
+from ft.train.setup import Rows
 from ft.types import Context, Example, asked
 
 if TYPE_CHECKING:
@@ -55,22 +57,28 @@ def inspect(recipe: Recipe, console: Console, *, rows: int = 3) -> None:
     say()
     for line in data.report.lines():
         say(line)
+    if isinstance(data, Prompts):
+        return
     for line in packing(recipe, data, tokenizer).lines():
         say(line)
     for line in oddities(data, tokenizer, recipe):
         say(f"warning: {line}", "bold yellow")
 
 
-def prepared(recipe: Recipe, sources: Sequence[Source], tokenizer: Any, say: setup.Say) -> Prepared:
+def prepared(recipe: Recipe, sources: Sequence[Source], tokenizer: Any, say: setup.Say) -> Rows:
     """Rows as a run prepares them, but nothing is written into its folder: malformed rows are put aside in passing."""
     if recipe.model.tiny and sources and sources == recipe.data.rehearsal:
         say(f"rehearsal: the rows are those of {', '.join(s.path for s in sources)}")
     with TemporaryDirectory(prefix="ft-") as place:
-        return prepare(sources, recipe.data, tokenizer, quarantine=Path(place) / "bad_rows.jsonl", announce=say)
+        return setup.reader(recipe)(
+            sources, recipe.data, tokenizer, quarantine=Path(place) / "bad_rows.jsonl", announce=say
+        )
 
 
-def step_of(recipe: Recipe, data: Prepared, tokenizer: Any, step: int) -> Sequence[Example]:
-    """The examples that a run of this recipe sees in ``step``."""
+def step_of(recipe: Recipe, data: Rows, tokenizer: Any, step: int) -> Sequence[Example]:
+    """The examples that a run of this recipe sees in ``step``; of a method that samples answers, the prompts."""
+    if isinstance(data, Prompts):
+        return data.draw(step, recipe.batch.examples, recipe.seed)
     context = Context(data=data, examples=recipe.batch.examples, seed=recipe.seed, tokenizer=tokenizer)
     return recipe.method.examples(step, context)
 

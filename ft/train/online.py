@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,16 @@ from attrs import frozen
 
 from ft.data.tokenizer import stop_ids
 from ft.dist import World
+from ft.errors import RecipeError
 from ft.io.weights import ModelFolder
 from ft.models.build import Built
-from ft.recipe import Recipe
+from ft.recipe import VLLM, Embedded, Recipe, run_folder
+from ft.rollout import canary, sent
+from ft.rollout.client import Client
 from ft.rollout.embedded import EmbeddedSampler
 from ft.rollout.judge import Judge, scorer
+from ft.rollout.server import TOKEN, Server, context, launch
+from ft.rollout.vllm import VLLMSampler
 from ft.types import Sampler, asked
 
 Say = Callable[[str], None]
@@ -27,6 +33,8 @@ class Online:
     judge: Judge | None = None
 
     def close(self) -> None:
+        if isinstance(self.sampler, VLLMSampler):
+            self.sampler.close()
         if self.judge is not None:
             self.judge.close()
 
@@ -36,14 +44,7 @@ def start(recipe: Recipe, built: Built, world: World, tokenizer: Any, folder: Mo
     method: Any = recipe.method
     if asked(method).rows != "prompts":
         return Online()
-    sampler = EmbeddedSampler(
-        policy=built.policy,
-        world=world,
-        sampling=method.sampling,
-        stop=stop_ids(tokenizer, folder.path if folder else None),
-        rows=recipe.sampler.rows,
-        seed=recipe.seed,
-    )
+    sampler = sampler_of(recipe, built, world, tokenizer, folder, say)
     judge = Judge(
         scorers=[scorer(r.function, r.weight, r.options) for r in method.rewards],
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
@@ -54,3 +55,54 @@ def start(recipe: Recipe, built: Built, world: World, tokenizer: Any, folder: Mo
         world=world,
     )
     return Online(sampler=sampler, judge=judge)
+
+
+def sampler_of(
+    recipe: Recipe, built: Built, world: World, tokenizer: Any, folder: ModelFolder | None, say: Say
+) -> Sampler:
+    """What the recipe samples with. A look-alike has no server, and samples in its own process."""
+    method: Any = recipe.method
+    chosen = recipe.sampler
+    stop = stop_ids(tokenizer, folder.path if folder else None)
+    if isinstance(chosen, VLLM) and folder is not None and not recipe.model.tiny:
+        return _server(recipe, chosen, built, world, tokenizer, folder, stop, say)
+    if isinstance(chosen, VLLM):
+        say("a look-alike is sampled in its own process, not by vLLM")
+    rows = chosen.rows if isinstance(chosen, Embedded) else Embedded().rows
+    return EmbeddedSampler(
+        policy=built.policy, world=world, sampling=method.sampling, stop=stop, rows=rows, seed=recipe.seed
+    )
+
+
+def _server(
+    recipe: Recipe, chosen: VLLM, built: Built, world: World, tokenizer: Any, folder: ModelFolder,
+    stop: frozenset[int], say: Say,
+) -> VLLMSampler:  # fmt: skip
+    """A sampler on vLLM. A server of ours is started by the first sync, on the first rank."""
+    if world.size > 1 and chosen.url is None and chosen.startup >= recipe.parallel.timeout:
+        raise RecipeError(
+            "the other ranks would give up while the server starts", where="sampler.startup",
+            expected=f"less than parallel.timeout ({recipe.parallel.timeout:g})", got=f"{chosen.startup:g}",
+        )  # fmt: skip
+    method: Any = recipe.method
+    place, ours = run_folder(recipe), chosen.url is None and world.first
+    return VLLMSampler(
+        options=chosen,
+        sampling=method.sampling,
+        stop=stop,
+        seed=recipe.seed,
+        world=world,
+        policy=built.policy,
+        weights=sent.weights(recipe, built, folder.path, chosen),
+        rows=canary.rows_of(tokenizer, context(recipe, chosen)),
+        folder=place,
+        server=Server(launch=launch(recipe, chosen, folder.path, place)) if ours else None,
+        client=_client(chosen),
+        notice=say,
+    )
+
+
+def _client(chosen: VLLM) -> Client | None:
+    if chosen.url is None:
+        return None
+    return Client(url=chosen.url, token=os.environ.get(TOKEN, ""), timeout=chosen.timeout)

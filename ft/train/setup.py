@@ -48,13 +48,18 @@ def tokenizer_of(recipe: Recipe, say: Say) -> tuple[Any, ModelFolder | None]:
     return load_tokenizer(folder.path, model.template), folder
 
 
+def reader(recipe: Recipe) -> Callable[..., Rows]:
+    """What reads the method's rows: answers to learn from, or prompts for a method that samples its own."""
+    return prompts.prepare if asked(recipe.method).rows == "prompts" else prepare
+
+
 def rows_of(recipe: Recipe, tokenizer: Any, say: Say) -> tuple[Rows, Rows | None]:
-    """Training rows and held-out rows, tokenised: answers, or prompts for a method that samples its own."""
+    """Training rows and held-out rows, tokenised."""
     data = recipe.data
     if recipe.model.tiny and data.rehearsal and data.train == data.rehearsal:
         say(f"rehearsal: training on {', '.join(s.path for s in data.rehearsal)}, not on the recipe's own rows")
     folder = run_folder(recipe)
-    read = prompts.prepare if asked(recipe.method).rows == "prompts" else prepare
+    read = reader(recipe)
     train = read(data.train, data, tokenizer, quarantine=folder / "bad_rows.jsonl", announce=say)
     held_out = None
     if data.eval:
@@ -145,7 +150,8 @@ def session(
 
     A second model whose log-probs are kept is built, asked and let go of before the policy takes its memory.
     """
-    context = Context(data=train, examples=recipe.batch.examples, seed=recipe.seed, tokenizer=tokenizer)
+    batch = recipe.batch
+    context = Context(data=train, examples=batch.examples, tokens=batch.tokens, seed=recipe.seed, tokenizer=tokenizer)
     steps = total_steps(recipe, train.per_epoch)
     kept: known.Rows | None = None
     if recipe.reference.cached:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import attrs
 import numpy as np
 import torch
 from attrs import evolve, frozen
 
 from ft import dist
-from ft.data.dataset import Prepared
+from ft.data.prompts import Prompts
 from ft.errors import CapacityError, NumericsError
 from ft.io.weights import ModelFolder
 from ft.recipe import Recipe, Reference
@@ -22,11 +24,17 @@ from ft.train import optim, reference, schedule, setup, state, step
 from ft.train.console import peak_bytes
 from ft.train.log import Log
 from ft.train.session import Session
+from ft.train.setup import Rows
 from ft.types import Example, Given
 
 
-def longest(data: Prepared, *, tokens: int, examples: int) -> list[Example]:
-    """The longest row and the longest that still fit beside it: the fullest micro-batch that a run can meet."""
+def longest(data: Rows, *, tokens: int, examples: int) -> list[Example]:
+    """The longest row and the longest that still fit beside it: the fullest micro-batch that a run can meet.
+
+    Of prompts, the longest of a step's number: their answers are to be sampled.
+    """
+    if isinstance(data, Prompts):
+        return [attrs.evolve(e, group=g) for g, e in enumerate(sorted(data.examples, key=len)[-examples:])]
     room, chosen, rows = tokens, [], 0
     positions_N = np.diff(data.arrays.offsets_N1) - 1
     first_R1 = data.arrays.first_R1
@@ -75,7 +83,7 @@ class Tried:
     said: tuple[str, ...]  # what was announced while the model was built
 
 
-def try_step(recipe: Recipe, *, real: bool, folder: ModelFolder | None, tokenizer: Any, rows: Prepared) -> Tried:
+def try_step(recipe: Recipe, *, real: bool, folder: ModelFolder | None, tokenizer: Any, rows: Rows) -> Tried:
     """Two steps on the longest batch: adapters start at zero, so that half of them get no gradient in the first.
 
     Raises:
@@ -90,8 +98,9 @@ def try_step(recipe: Recipe, *, real: bool, folder: ModelFolder | None, tokenize
             try:
                 second = reference.find(tried, tokenizer, config, folder)
                 run = setup.session(tried, world, log, tokenizer, config, folder, rows, None, second)
-                _one(run, examples, 0)
-                seconds, loss = _one(run, examples, 1)
+                with closing(run):
+                    _one(run, examples, 0)
+                    seconds, loss = _one(run, examples, 1)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 raise _too_big(error) from error
     return Tried(
@@ -125,7 +134,8 @@ def _one(run: Session, examples: list[Example], now: int) -> tuple[float, float]
     out = step.reduce(step.run(plan, recipe.method, run.policy, world, backward=True), world)
     parameters = list(run.parameters.values())
     norm = optim.grad_norm(parameters)
-    run.gradients.after_backward(world)
+    if not step.without_signal(made):
+        run.gradients.after_backward(world)
     _finite(run, out.loss)
     optim.set_lr(run.optimizer, recipe.optim.lr * schedule.lr_share(recipe.schedule, now, run.steps))
     optim.clip(parameters, norm, recipe.optim.clip)

@@ -64,9 +64,10 @@ class _Linear(torch.autograd.Function):
 
 
 def _grad_x(ctx: Any, grad_y: Tensor) -> Tensor:
-    if len(ctx.saved_tensors) == 1:
-        return grad_y @ ctx.saved_tensors[0]
-    packed, absmax, absmax2, offset = ctx.saved_tensors
+    saved = ctx.saved_tensors  # asked once: activation checkpointing unpacks at the first look
+    if len(saved) == 1:
+        return grad_y @ saved[0]
+    packed, absmax, absmax2, offset = saved
     q = NF4Tensor(packed=packed, absmax=absmax, absmax2=absmax2, offset=offset, **ctx.rest)
     if _direct(grad_y, q, ctx.impl):
         from ft.kernels.nf4 import triton
