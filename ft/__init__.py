@@ -23,6 +23,7 @@ from ft.methods import (
 )
 from ft.recipe import (
     NF4,
+    VLLM,
     WSD,
     AdamW,
     Batching,
@@ -54,6 +55,7 @@ __all__ = [
     "NF4",
     "ORPO",
     "SFT",
+    "VLLM",
     "WSD",
     "AdamW",
     "Batching",

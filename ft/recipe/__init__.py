@@ -4,6 +4,7 @@ from ft.recipe.files import dump, dumps, load, restore
 from ft.recipe.override import override
 from ft.recipe.parts import (
     NF4,
+    VLLM,
     WSD,
     AdamW,
     Batching,
@@ -32,6 +33,7 @@ from ft.recipe.parts import (
 
 __all__ = [
     "NF4",
+    "VLLM",
     "WSD",
     "AdamW",
     "Batching",

@@ -335,6 +335,42 @@ class Embedded:
     """Answers sampled at a time on each rank."""
 
 
+def _address(sampler: VLLM, attribute: Any, value: str | None) -> None:
+    if value is not None and not re.match(r"https?://[^/\s]+", value):
+        raise ValueError("'url' must be an address such as http://127.0.0.1:8000")
+
+
+@frozen(kw_only=True)
+class VLLM:
+    """Answers are sampled by a vLLM server over HTTP, which is given the weights of each step.
+
+    It needs vLLM in an environment of its own, or a server that runs already (see `ft serve`).
+    """
+
+    url: str | None = field(default=None, validator=_address)
+    """Address of a server that runs already and reads this machine's disk; its API key is taken from $FT_VLLM_TOKEN.
+    None starts one, on this machine only, that ends with the run."""
+    python: str | None = None
+    """Python that has vLLM; None takes $FT_VLLM_PYTHON, else the one that runs ft."""
+    port: int = field(default=0, validator=validators.and_(validators.ge(0), validators.lt(1 << 16)))
+    """Port of a server that is started; 0 takes a free one."""
+    context: int | None = field(default=None, validator=validators.optional(_positive))
+    """Most tokens of a prompt and its answer; None is data.max_tokens + method.sampling.max_tokens."""
+    arguments: tuple[str, ...] = ()
+    """More arguments for a server that is started, as vLLM names them."""
+    concurrency: int = field(default=32, validator=_positive)
+    """Prompts that are asked for at a time."""
+    startup: float = field(default=600.0, validator=_positive)
+    """Seconds a server may take to start before the run stops."""
+    timeout: float = field(default=600.0, validator=_positive)
+    """Seconds a prompt's answers may take before the server counts as hung."""
+    patience: float = field(default=120.0, validator=_natural)
+    """Seconds for which a server that we did not start is tried again when it is gone."""
+    canary: float | None = field(default=0.05, validator=validators.optional(_positive))
+    """Largest divergence, per token, between the server's and the trainer's log-probs of a fixed text after new weights
+    were sent; above it the run stops. None only logs it."""
+
+
 @frozen(kw_only=True)
 class Judging:
     """How answers are scored, in processes of their own."""
@@ -356,7 +392,7 @@ class Recipe:
     method: Method
     adapter: LoRA | None = None
     """What is trained: adapters, or None for all weights."""
-    sampler: Embedded = Embedded()
+    sampler: Embedded | VLLM = Embedded()
     """Where the answers of online methods come from."""
     judging: Judging = Judging()
     """How they are scored."""
@@ -411,6 +447,7 @@ def rehearse(recipe: Recipe) -> Recipe:
         model=evolve(recipe.model, tiny=True, dtype="float32"),
         adapter=evolve(recipe.adapter, init=None) if recipe.adapter else None,
         reference=tiny_reference(recipe.reference),
+        sampler=recipe.sampler if isinstance(recipe.sampler, Embedded) else Embedded(),  # no server has a look-alike
         data=evolve(
             data,
             train=data.rehearsal or data.train,

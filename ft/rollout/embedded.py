@@ -19,6 +19,7 @@ from ft.models.generating import generating
 from ft.models.policy import Policy
 from ft.recipe.parts import Sampling
 from ft.rollout.sampling import draws, pick
+from ft.rollout.shared import Answer, from_all_ranks
 from ft.types import Example, Rollout
 
 
@@ -45,7 +46,7 @@ class EmbeddedSampler:
         per = max(1, self.rows // n)
         mine = list(range(self.world.rank, len(prompts), self.world.size))
         share = -(-len(prompts) // self.world.size)
-        found: list[list[_Answer]] = [[] for _ in prompts]
+        found: list[list[Answer]] = [[] for _ in prompts]
         with generating(self.policy):
             for start in range(0, share, per):
                 chosen = mine[start : start + per]
@@ -53,14 +54,14 @@ class EmbeddedSampler:
                 answers = self._answers([prompts[p].tokens_L for p in chosen], n, names, sampling)
                 for i, p in enumerate(chosen):
                     found[p] = answers[i * n : (i + 1) * n]
-        found = _from_all_ranks(found, n, self.world)
+        found = from_all_ranks(found, n, self.world)
         return [
             [_rollout(prompt, answer, step) for answer in group] for prompt, group in zip(prompts, found, strict=True)
         ]
 
     def _answers(
         self, prompts: Sequence[np.ndarray], n: int, names: list[tuple[int, ...]], sampling: Sampling
-    ) -> list[_Answer]:
+    ) -> list[Answer]:
         """A rank without prompts goes along with one token, so that all forward equally often."""
         idle = not prompts
         prompts, names = (prompts, names) if not idle else ([np.zeros(1, np.int32)], [(0,)] * n)
@@ -72,14 +73,7 @@ class EmbeddedSampler:
         return [] if idle else answers
 
 
-@frozen
-class _Answer:
-    tokens_L: np.ndarray
-    logp_L: np.ndarray
-    stopped: bool
-
-
-def _rollout(prompt: Example, answer: _Answer, step: int) -> Rollout:
+def _rollout(prompt: Example, answer: Answer, step: int) -> Rollout:
     return Rollout(
         prompt=prompt,
         tokens_L=answer.tokens_L,
@@ -100,7 +94,7 @@ def continue_all(
     stop: Iterable[int],
     world: World | None = None,
     idle: bool = False,
-) -> list[_Answer]:
+) -> list[Answer]:
     """``n`` answers to each of P prompts, in order; row p * n + k is answer k of prompt p.
 
     Args:
@@ -189,37 +183,13 @@ def _anyone(going: bool, world: World | None) -> bool:
     return going if world is None else dist.any_rank(going, world)
 
 
-def _cut(token_BL: Tensor, logp_BL: Tensor, ends: Tensor) -> list[_Answer]:
+def _cut(token_BL: Tensor, logp_BL: Tensor, ends: Tensor) -> list[Answer]:
     """Each row up to and with the first token that ends it."""
     is_end_BL = torch.isin(token_BL, ends).cpu().numpy()
     tokens, logps = token_BL.cpu().numpy().astype(np.int32), logp_BL.cpu().numpy()
     stopped: Any = is_end_BL.any(1)
     sizes = np.where(stopped, is_end_BL.argmax(1) + 1, tokens.shape[1])
     return [
-        _Answer(row[:size], logp[:size], bool(ended))
+        Answer(row[:size], logp[:size], bool(ended))
         for row, logp, size, ended in zip(tokens, logps, sizes, stopped, strict=True)
     ]
-
-
-def _from_all_ranks(found: list[list[_Answer]], n: int, world: World) -> list[list[_Answer]]:
-    """The answers of every rank on every rank: each fills in its own rows of one table, which is summed."""
-    if world.size == 1:
-        return found
-    flat = [answer for group in found for answer in (group or [None] * n)]
-    longest = int(dist.reduce_tree({"L": max((len(a.tokens_L) for a in flat if a), default=0)}, world, "max")["L"])
-    table = torch.zeros(len(flat), 2 * longest + 2, dtype=torch.float64, device=world.device)
-    for row, answer in zip(table, flat, strict=True):
-        if answer is not None:
-            size = len(answer.tokens_L)
-            row[0], row[1] = size, answer.stopped
-            row[2 : 2 + size] = torch.from_numpy(answer.tokens_L.astype(np.float64))
-            row[2 + longest : 2 + longest + size] = torch.from_numpy(answer.logp_L.astype(np.float64))
-    summed = dist.sum_over_ranks(table, world).cpu().numpy()
-    every = [_read(row, longest) for row in summed]
-    return [every[p * n : (p + 1) * n] for p in range(len(found))]
-
-
-def _read(row: np.ndarray, longest: int) -> _Answer:
-    size = int(row[0])
-    tokens_L = row[2 : 2 + size].astype(np.int32)
-    return _Answer(tokens_L, row[2 + longest : 2 + longest + size].astype(np.float32), bool(row[1]))

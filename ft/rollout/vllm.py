@@ -1,0 +1,300 @@
+"""Sampling from a vLLM server, which is sent the weights of each step. Only the first rank talks to it."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from attrs import define, field
+from torch import Tensor
+
+from ft.dist import World
+from ft.errors import CapacityError, FtError
+from ft.models.policy import Policy
+from ft.recipe.parts import VLLM, Sampling
+from ft.rollout import canary
+from ft.rollout.client import Client, Drawn, Malformed, Refused, Unreachable, in_parallel
+from ft.rollout.sent import Weights
+from ft.rollout.server import BASE, Server, generates, retried, tail
+from ft.rollout.shared import Answer, from_all_ranks, on_first
+from ft.types import Example, Rollout
+
+T = TypeVar("T")
+KEPT = 2  # folders of weights: the server may still read the last one
+_PROBE = 30.0  # seconds in which a healthy server gives one token
+
+
+@define(kw_only=True, eq=False)
+class VLLMSampler:
+    """Implements ``ft.types.Sampler``. ``close`` ends the server, if it is ours."""
+
+    options: VLLM
+    sampling: Sampling
+    stop: frozenset[int]
+    seed: int
+    world: World
+    policy: Policy
+    weights: Weights
+    rows: Sequence[Sequence[int]]  # the canary's
+    folder: Path  # the run's
+    server: Server | None  # ours
+    client: Client | None  # to one that is not ours
+    notice: Callable[[str], None]
+    name: str = field(factory=lambda: f"ft-{secrets.token_hex(4)}")  # of the adapter; no other run's
+    step: int = -1  # of the weights that the server has
+    digest: str = ""  # of these weights
+    sent: int = 0
+    loaded: Path | None = None
+    mended: tuple[int, int] = (-1, 0)  # step, and how often the server was mended in it
+    past: dict[str, np.ndarray] = field(factory=dict)  # the canary's log-probs of older weights
+    mismatch: canary.Verdict | None = None
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    def sync(self, step: int) -> None:
+        """Send the weights, unless the server has them, and compare its log-probs with the policy's own.
+
+        Raises:
+            FtError: no server, none that takes them, or one that does not sample from them; on every rank.
+        """
+        tensors = self.weights.gather()
+        digest = _digest(tensors)
+        if digest != self.digest:
+            ours_N = canary.expected(self.policy, self.rows, self.world)
+            on_first(lambda: self._send(step, tensors, ours_N), self.world, None)
+            self.digest = digest
+        self.step = step
+
+    def _send(self, step: int, tensors: Mapping[str, Tensor], ours_N: np.ndarray) -> None:
+        self.loaded = self._written(step, tensors)
+        self._insist(self._load, step)
+        if not self.sent:
+            self._insist(self._check_temperature, step)
+        self._insist(lambda: self._compare(step, ours_N), step)
+        self.sent += 1
+        self._prune()
+
+    def _written(self, step: int, tensors: Mapping[str, Tensor]) -> Path:
+        """A folder of a new name each time: vLLM keeps what it computed of prompts by the adapter's path."""
+        folder = self.folder / "sync" / f"step-{max(step, 0):06d}.{self.name[3:]}-{self.sent}"
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self.weights.write(folder, tensors)
+        except OSError as error:
+            if isinstance(error, FtError):
+                raise
+            raise CapacityError(
+                "the weights for the server cannot be written", where=str(folder), got=str(error),
+                fix="make room, then go on with --resume",
+            ) from error  # fmt: skip
+        return folder.resolve()
+
+    def _prune(self) -> None:
+        folders = sorted((self.folder / "sync").glob(f"step-*.{self.name[3:]}-*"), key=_number)
+        for old in folders[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _load(self) -> None:
+        """Have the server take the last folder; it is started if it is ours and does not run."""
+        assert self.loaded is not None
+        if self.server is not None and (not self.weights.adapter or not self.server.alive):
+            if self.server.process is not None and not self.server.alive:
+                self.notice("the vLLM server has ended; it is started again")
+            self.server.start(None if self.weights.adapter else self.loaded)
+        if self.weights.adapter:
+            self._client().load_adapter(self.name, str(self.loaded))
+
+    def _compare(self, step: int, ours_N: np.ndarray) -> None:
+        client = self._client()
+        theirs_N = np.concatenate([client.score(self._model, row) for row in self.rows])
+        self.mismatch = verdict = canary.compare(theirs_N, ours_N, self.past)
+        if not self.sent or verdict.divergence > (self.options.canary or 0.05) / 10:
+            self.notice(
+                f"canary: the server's log-probs are {verdict.divergence:.2g} per token from the policy's, "
+                f"{verdict.largest:.2g} at most"
+            )
+        canary.check(verdict, self.options.canary, client.url)
+        self.past.setdefault("the weights that it was sent first", ours_N)
+        self.past["the weights before these"] = ours_N
+
+    def _check_temperature(self) -> None:
+        """Are log-probs those of the distribution that is drawn from? They must grow sharper as it cools."""
+        if self.sampling.temperature == 1 and not self.sampling.truncates:
+            return
+        asked, client = {"max_tokens": 1, "logprobs": 1}, self._client()
+        warm, cold = (
+            client.complete(self._model, self.rows[0][:4], 1, {**asked, "temperature": t})[0].top[0][0]
+            for t in (1.0, 0.5)
+        )
+        if abs(warm - cold) < 1e-3:
+            raise FtError(
+                "the server's log-probs leave out the temperature", where=client.url,
+                expected=f"log-probs of what it draws from (temperature {self.sampling.temperature:g})",
+                got=f"{warm:.4f} at temperature 1 and {cold:.4f} at 0.5 for the likeliest token",
+                fix="start it with --logprobs-mode processed_logprobs, as `ft serve` does",
+            )  # fmt: skip
+
+    # --- answers -----------------------------------------------------------------------------------------------------
+
+    def rollout(self, prompts: Sequence[Example], n: int, step: int, *, greedy: bool = False) -> list[list[Rollout]]:
+        """``n`` answers to each prompt, the same on every rank. Seeds depend on the run's seed, step and prompt."""
+        nothing: list[list[Answer]] = [[] for _ in prompts]
+        found = on_first(lambda: self._answers(prompts, n, step, greedy), self.world, nothing)
+        found = from_all_ranks(found, n, self.world)
+        return [
+            [_rollout(prompt, answer, self.step) for answer in group]
+            for prompt, group in zip(prompts, found, strict=True)
+        ]
+
+    def _answers(self, prompts: Sequence[Example], n: int, step: int, greedy: bool) -> list[list[Answer]]:
+        found: list[list[Answer]] = [[] for _ in prompts]
+        while left := [p for p, answers in enumerate(found) if not answers]:
+            replies = self._ask(prompts, left, n, step, greedy)
+            failed = None
+            for p, reply in zip(left, replies, strict=True):
+                if isinstance(reply, list):
+                    found[p] = [_answer(drawn, greedy) for drawn in reply]
+                elif isinstance(reply, Exception):
+                    failed = failed or (reply, prompts[p].source)
+            if failed:
+                self._after(*failed, step)
+        return found
+
+    def _ask(
+        self, prompts: Sequence[Example], left: Sequence[int], n: int, step: int, greedy: bool
+    ) -> list[list[Drawn] | Exception | None]:
+        client, options = self._client(), sampling_options(self.sampling, self.stop, greedy)
+
+        def ask(p: int) -> list[Drawn]:
+            asked = {**options, "seed": seed_of(self.seed, step, p)}
+            return client.complete(self._model, prompts[p].tokens_L.tolist(), n, asked)
+
+        return in_parallel(ask, left, self.options.concurrency)
+
+    # --- what goes wrong ---------------------------------------------------------------------------------------------
+
+    def _insist(self, act: Callable[[], T], step: int) -> T:
+        """``act``, again after each time the server could be mended."""
+        while True:
+            try:
+                return act()
+            except (Unreachable, Refused, Malformed) as error:
+                self._after(error, "", step)
+
+    def _after(self, error: Exception, source: str, step: int) -> None:
+        """Mend the server after ``error``, so that what failed can be tried again.
+
+        Raises:
+            FtError: it cannot be mended, or was often enough in this step.
+        """
+        if not isinstance(error, (Unreachable, Refused, Malformed)):
+            raise error
+        count = self.mended[1] if self.mended[0] == step else 0
+        lost = isinstance(error, Refused) and error.status == 404  # the adapter: another server stands there now
+        most = 1 if self.server is not None else 3
+        if count >= most or not (lost or isinstance(error, Unreachable)):
+            raise self._failure(error, source)
+        self.mended = (step, count + 1)
+        if self.server is not None:
+            self.notice(f"the vLLM server failed ({error}); it is started again, with the weights of step {self.step}")
+            self.server.close()
+        else:
+            self.notice(f"the server at {self._client().url} failed ({error}); trying again")
+        try:
+            retried(self._mend, 0 if self.server else self.options.patience)
+        except (Unreachable, Refused, Malformed) as again:
+            raise self._failure(again, source) from again
+
+    def _mend(self) -> None:
+        """Up, with the last weights, and generating."""
+        self._load()
+        client = self._client()
+        generates(Client(url=client.url, token=client.token, timeout=min(client.timeout, _PROBE)), self._model)
+
+    def _failure(self, error: Exception, source: str) -> FtError:
+        url = self._client().url if self.server is None or self.server.client else "the vLLM server"
+        log = f"; its log ends:\n{tail(self.server.launch.log, 12)}" if self.server else ""
+        kinds = {
+            Refused: "the vLLM server refuses a request", Malformed: "the vLLM server sends what was not asked for",
+        }  # fmt: skip
+        problem = kinds.get(type(error), "the vLLM server cannot be reached")
+        return FtError(
+            problem + (f" (for {source})" if source else "") + log, where=url, got=str(error),
+            fix="mend the server, then go on from the newest checkpoint with --resume",
+        )  # fmt: skip
+
+    def _client(self) -> Client:
+        client = self.client if self.server is None else self.server.client
+        if client is None:
+            raise Unreachable("it does not run")
+        return client
+
+    @property
+    def _model(self) -> str:
+        return self.name if self.weights.adapter else BASE
+
+    def close(self) -> None:
+        """End our server, have another one forget our adapter, and remove the folders of weights."""
+        if self.server is not None:
+            self.server.close()
+        elif self.sent and self.world.first and self.client is not None:
+            with suppress(Unreachable, Refused):
+                Client(url=self.client.url, token=self.client.token, timeout=5.0).post(
+                    "/v1/unload_lora_adapter", {"lora_name": self.name}
+                )
+        if self.sent and self.world.first:
+            for folder in (self.folder / "sync").glob(f"step-*.{self.name[3:]}-*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def sampling_options(sampling: Sampling, stop: frozenset[int], greedy: bool) -> dict[str, Any]:
+    """The recipe's sampling in vLLM's names. Every one is given, so that no server's own default counts."""
+    drawn = {
+        "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p
+    }  # fmt: skip
+    chosen = {"temperature": 0.0} if greedy or sampling.greedy else drawn
+    return {
+        **chosen, "max_tokens": sampling.max_tokens, "stop_token_ids": sorted(stop), "ignore_eos": True,
+        "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    }  # fmt: skip
+
+
+def seed_of(seed: int, step: int, prompt: int) -> int:
+    """Of one prompt's answers: below 2^62, since vLLM counts up from it for each of them."""
+    digest = hashlib.blake2b(repr((seed, step, prompt)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def _rollout(prompt: Example, answer: Answer, step: int) -> Rollout:
+    return Rollout(
+        prompt=prompt,
+        tokens_L=answer.tokens_L,
+        logp_L=answer.logp_L,
+        finish="stop" if answer.stopped else "length",
+        policy_step=step,
+    )
+
+
+def _answer(drawn: Drawn, greedy: bool) -> Answer:
+    """Log-probs of the likeliest token are not those of a draw: NaN, unknown."""
+    logp_L = np.full(len(drawn.logps), np.nan) if greedy else np.array(drawn.logps)
+    return Answer(np.array(drawn.tokens, np.int32), logp_L.astype(np.float32), drawn.finish == "stop")
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
