@@ -5,13 +5,17 @@
 The module is Qwen3.5-MoE's, 512 wide, 256 inside, 8 experts per token. ``x limit`` divides by the time of dense
 matrix products of as many FLOPs: gate-and-up and down over T * 8 rows, forward and for the input's gradient (and for
 the weights' where they are trained). All contenders take turns in one process, so that a slow moment of the machine
-strikes each; figures are medians over rounds. Outputs and input gradients are compared before anything is timed.
+strikes each; figures are medians over rounds. ``MB`` is how far one step raises the
+process's peak memory. Outputs and input gradients are compared before anything is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,7 +29,7 @@ D, I, K, RANK = 512, 256, 8, 16
 
 @frozen
 class Setting:
-    mode: str  # "lora": frozen base and LoRA of rank 16; "trained": all weights; "nf4": LoRA on a 4-bit base
+    mode: str  # "lora": frozen base and LoRA of rank 16; "frozen": no LoRA; "trained"; "nf4": LoRA on a 4-bit base
     experts: int
     tokens: int
 
@@ -41,6 +45,8 @@ SETTINGS = (
     Setting("lora", 128, 512),
     Setting("nf4", 64, 128),
     Setting("nf4", 64, 1024),
+    Setting("frozen", 64, 128),
+    Setting("frozen", 64, 1024),
     Setting("trained", 32, 1024),
 )
 
@@ -81,9 +87,9 @@ def ft_block(setting: Setting, dtype: torch.dtype) -> Any:
         quant.apply(block, quant.plan(block, NF4()), NF4())
         for name, value in values.items():
             quant.store(block.experts, name, value.detach())
-    if setting.mode != "trained":
+    block.requires_grad_(setting.mode == "trained")
+    if setting.mode in ("lora", "nf4"):
         shapes = {name: ft_experts.stack_shape(block.experts, name) for name in ("gate_up_proj", "down_proj")}
-        block.requires_grad_(False)
         block.experts.ft_lora = ft_experts.ExpertLoRA(shapes, r=RANK, scaling=2.0, device="cpu")
         _scatter(block.experts.ft_lora)
     return block
@@ -91,8 +97,8 @@ def ft_block(setting: Setting, dtype: torch.dtype) -> Any:
 
 def theirs_block(setting: Setting, dtype: torch.dtype, implementation: str) -> nn.Module:
     block = Block(setting.experts, dtype, implementation)
-    if setting.mode == "trained":
-        return block
+    if setting.mode != "lora":
+        return block.requires_grad_(setting.mode == "trained")
     from peft import LoraConfig, inject_adapter_in_model
 
     names = ["experts.gate_up_proj", "experts.down_proj"]
@@ -152,7 +158,8 @@ def contenders(setting: Setting, dtype: torch.dtype) -> dict[str, Callable[[], A
     if setting.mode == "nf4":  # nobody else trains on 4-bit stacks: the yardstick is ft on 16 or 32-bit ones
         blocks["ft, dense base"] = ft_block(Setting("lora", setting.experts, setting.tokens), dtype)
     else:
-        for implementation in ("grouped_mm", "eager"):
+        few = setting.tokens <= 128 and setting.mode == "frozen"  # batched_mm copies a matrix per routed row
+        for implementation in ("grouped_mm", "eager", *(("batched_mm",) if few else ())):
             blocks[implementation] = theirs_block(setting, dtype, implementation)
             if setting.mode == "lora":
                 same_adapters(ours, blocks[implementation])
@@ -169,6 +176,21 @@ def compare(blocks: dict[str, nn.Module], inputs: tuple[Tensor, ...], grad: Tens
             assert error < tolerance, f"ft and {name} differ by {error}"
 
 
+def extra_megabytes(run: Callable[[], Any]) -> float:
+    """How far one run raises the process's memory at most."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier runs freed must not serve this one unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    return int(line.split()[1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -180,13 +202,17 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     for setting in (s for s in SETTINGS if args.only in s.name):
         for dtype in args.dtype:
-            times = measure(contenders(setting, getattr(torch, dtype)), args.rounds)
+            runs = contenders(setting, getattr(torch, dtype))
+            times = measure(runs, args.rounds)
+            extra = {name: extra_megabytes(run) for name, run in runs.items()}
             bound = [median(o / b for o, b in zip(own, times["limit"], strict=True)) for own in times.values()]
             over = {name: median(own) for name, own in times.items()}
             print(f"{setting.name} {dtype}")
             for (name, seconds), ratio in zip(over.items(), bound, strict=True):
-                print(f"  {name:>16}  {seconds * 1e3:9.1f} ms  {ratio:6.2f}x limit  {seconds / over['ft']:6.2f}x ft")
-            record("experts", {"setting": setting.name, "dtype": dtype, "seconds": over, "threads": args.threads})
+                print(f"  {name:>16}  {seconds * 1e3:9.1f} ms  {ratio:6.2f}x limit  {seconds / over['ft']:6.2f}x ft"
+                      f"  {extra[name]:7.1f} MB")  # fmt: skip
+            numbers = {"seconds": over, "extra_mb": extra, "threads": args.threads}
+            record("experts", {"setting": setting.name, "dtype": dtype, **numbers})
 
 
 if __name__ == "__main__":
