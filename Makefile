@@ -23,8 +23,12 @@ bench: .venv/.bench models  ## everything in bench/, side by side with peers
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/data.py --model $(FT_MODELS)/$(SMOLLM2)
 	$(BIN)/python bench/logprobs.py
+	$(BIN)/python bench/losses.py
+	$(BIN)/python bench/nf4.py
 	$(BIN)/python bench/experts.py
+	$(BIN)/python bench/qlora.py
 	$(BIN)/python bench/sft.py --model $(FT_MODELS)/$(SMOLLM2)
+	$(BIN)/python bench/dpo.py --model $(FT_MODELS)/$(SMOLLM2)
 
 models: $(FT_MODELS)/$(SMOLLM2)/config.json  ## the real model of the demonstration
 

@@ -445,3 +445,20 @@ def test_shapes_that_would_broadcast_and_masks_that_are_not_bool_are_refused() -
     for loss, fixed in ((rloo, "sequence"), (luspo, "constant"), (gmpo, "sequence")):
         with pytest.raises(ValueError, match=f"aggregate='{fixed}', which is part of this loss"):
             loss(logp_T, old_T, adv_T, MASK_T, seq_T=SEQ_T, aggregate="token")
+
+
+def test_dual_clip_alone_holds_bad_answers_and_leaves_good_ones() -> None:
+    """r = 4 of one good and one bad token; only the bad one is held, at 3, and loses its gradient."""
+    logp_T = torch.full((2,), math.log(4.0), dtype=torch.float64, requires_grad=True)
+    adv_T, mask_T = torch.tensor([1.0, -1.0], dtype=torch.float64), torch.ones(2, dtype=torch.bool)
+    out = grpo(logp_T, torch.zeros(2, dtype=torch.float64), adv_T, mask_T, clip=None, dual_clip=3.0)
+    out.loss.backward()
+    assert float(out.loss) == pytest.approx((-4 + 3) / 2)
+    assert logp_T.grad is not None and logp_T.grad.tolist() == pytest.approx([-4 / 2, 0.0])
+
+
+def test_the_divergence_from_the_old_policy_is_exact_where_it_is_small() -> None:
+    """k3 of d = 1e-3 is 5.0017e-7: a float32 exp(d) - 1 - d would be off by a tenth."""
+    logp_T, mask_T = torch.full((64,), 1e-3), torch.ones(64, dtype=torch.bool)
+    out = grpo(logp_T, torch.zeros(64), torch.ones(64), mask_T)
+    assert float(out.sums["approx_kl"]) == pytest.approx(math.expm1(1e-3) - 1e-3, rel=1e-3)

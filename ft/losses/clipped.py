@@ -66,9 +66,9 @@ def grpo(
 ) -> LossOutput:
     """Clipped surrogate: with r = exp(logp - old_logp), A the advantage and w the importance weight, at each token
 
-        x = -min(min(r, dual_clip) A, clamp(r, 1 - clip[0], 1 + clip[1]) A) * w * keep  +  kl_coef * KL(logp, ref_logp)
+        x = -min(c A, clamp(r, 1 - clip[0], 1 + clip[1]) A) * w * keep  +  kl_coef * KL(logp, ref_logp)
 
-    averaged by ``aggregate`` (see ``ft.losses.aggregate.mean``). By name:
+    with c = min(r, dual_clip) where A < 0 and c = r elsewhere, averaged by ``aggregate`` (see ``ft.losses.aggregate.mean``). By name:
 
     | loss | options |
     |---|---|
@@ -226,12 +226,13 @@ def _kl(
 def _surrogate(t: Terms, clip: tuple[float, float] | None, dual_clip: float | None) -> tuple[Term, dict[str, Tensor]]:
     """The clipped term, and how many tokens were clipped, by name. Exactly what is clipped has no slope."""
     ratio_N, cost_N = t.ratio_N(), -t.adv_N
-    value_N = (ratio_N if dual_clip is None else ratio_N.clamp(max=dual_clip)) * cost_N
+    value_N = ratio_N * cost_N
     slope_N, clipped = t.ratio_slope_N(ratio_N).mul_(cost_N), {}
     if dual_clip is not None:
         hit_N = greater(ratio_N, dual_clip).mul_(less(t.adv_N, 0))
         clipped["clip_dual"] = t.counted(hit_N)
         slope_N.addcmul_(slope_N, hit_N, value=-1)
+        value_N.addcmul_(hit_N, (dual_clip - ratio_N).mul_(cost_N))
     if clip is not None:
         held_N = ratio_N.clamp_(1 - clip[0], 1 + clip[1]).mul_(cost_N)
         hit_N = torch.gt(held_N, value_N, out=cost_N)  # out of the range, on the side that its advantage points to

@@ -127,9 +127,8 @@ def _watch(
     count_N = (sequences.trained_S if by_sequence and sequences is not None else mask.trained_T).to(log_N.dtype)
     ratio_N = log_N.exp()
     watched, maxes = {"tokens": count_N.sum(), "ratio": torch.dot(ratio_N, count_N)}, _extremes(log_N, count_N)
-    if raised_S is not None:
-        ratio_N = drift_T.exp()
-    watched["approx_kl"] = ratio_N.sub_(1).sub_(drift_T).sum()
+    del ratio_N
+    watched["approx_kl"] = torch.expm1(drift_T).sub_(drift_T).sum()  # exp(d) - 1 has no digits left near d = 0
     return watched, maxes, log_N
 
 

@@ -90,7 +90,7 @@ def structure(
     net = load.skeleton(config, evolve(model, dtype="float32") if adapter is None and trained else model, asks)
     items = quant.plan(net, model.quant) if model.quant else ()
     if model.quant is not None:
-        quant.apply(net, items, model.quant)
+        quant.apply(net, items, model.quant, model.kernels)
     experts.use_ft_experts(net, model.kernels)
     attached = lora.attach(net, adapter) if adapter else None
     if attached is not None and asks.head != "lm":

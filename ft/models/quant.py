@@ -20,6 +20,7 @@ from ft.dist import copy_into
 from ft.errors import ModelError
 from ft.io.weights import listing
 from ft.kernels import nf4
+from ft.kernels.launch import Impl
 from ft.kernels.nf4 import NF4Tensor
 from ft.recipe.parts import NF4
 
@@ -103,19 +104,23 @@ def is_router(path: str) -> bool:
 class NF4Linear(nn.Linear):
     """A frozen linear layer whose weight is held in 4 bits; peft takes it for the nn.Linear that it is."""
 
-    def __init__(self, like: nn.Linear, held: Held):
+    def __init__(self, like: nn.Linear, held: Held, impl: Impl = "auto"):
         nn.Module.__init__(self)  # nn.Linear's own would make the weight in full
+        self.impl: Impl = impl
         self.in_features, self.out_features = like.in_features, like.out_features
         hold(self, "weight", held, like.weight.device)
         self.register_parameter("bias", like.bias)
         self.train(like.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        return nf4.linear(input, nf4_of(self, "weight"), self.bias)
+        return nf4.linear(input, nf4_of(self, "weight"), self.bias, impl=self.impl)
 
 
-def apply(model: nn.Module, items: Sequence[Item], quant: NF4) -> None:
-    """Give ``model`` (a skeleton) places for the quantised parameters; ``ft.models.load.fill`` fills them."""
+def apply(model: nn.Module, items: Sequence[Item], quant: NF4, impl: Impl = "auto") -> None:
+    """Give ``model`` (a skeleton) places for the quantised parameters; ``ft.models.load.fill`` fills them.
+
+    ``impl``: which kernels linear layers use.
+    """
     for item in items:
         module = model.get_submodule(item.path)
         old = module._parameters[item.leaf]
@@ -126,7 +131,7 @@ def apply(model: nn.Module, items: Sequence[Item], quant: NF4) -> None:
             continue
         assert isinstance(module, nn.Linear)
         parent, _, name = item.path.rpartition(".")
-        setattr(model.get_submodule(parent), name, NF4Linear(module, held))
+        setattr(model.get_submodule(parent), name, NF4Linear(module, held, impl))
 
 
 def hold(owner: nn.Module, leaf: str, held: Held, device: torch.device) -> None:
