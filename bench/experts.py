@@ -81,7 +81,7 @@ def ft_block(setting: Setting, dtype: torch.dtype) -> Any:
 
     ALL_EXPERTS_FUNCTIONS.register(ft_experts.NAME, ft_experts.forward)
     block = Block(setting.experts, dtype, ft_experts.NAME)
-    block.experts.ft_impl = "auto"
+    block.experts.ft_impl, block.experts.ft_tile = "auto", None
     if setting.mode == "nf4":
         values = dict(block.experts.named_parameters())
         quant.apply(block, quant.plan(block, NF4()), NF4())

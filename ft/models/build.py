@@ -20,7 +20,7 @@ from ft.dist import World
 from ft.errors import ModelError, RecipeError
 from ft.io.adapter import load_adapter
 from ft.io.weights import ModelFolder, listing, open_weights
-from ft.models import experts, head, leak, load, lora, quant, routes, tiny
+from ft.models import experts, head, leak, load, lora, quant, routes, tiles, tiny
 from ft.models.policy import Policy, Scorer, has_balance_loss
 from ft.recipe import LoRA, Model, Parallel
 from ft.types import Asks
@@ -132,6 +132,8 @@ def build(
     """
     made = structure(model, adapter, config, asks, trained=trained)
     net = made.net
+    if model.tile is not None:
+        tiles.apply(net, model.tile)
     if model.checkpointing and trained:
         recompute(net)
     scorer = Scorer(net, kernels=model.kernels).train(trained)

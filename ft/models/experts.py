@@ -9,6 +9,7 @@ Shapes: T tokens, K experts per token, E experts, D model width, M and N out- an
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ft.errors import ModelError
 from ft.kernels.experts import Factors, Impl, LoRA, Params, Stack, check_impl, experts
+from ft.kernels.tiled import tiled
 from ft.models.quant import nf4_of, quantised
 
 NAME = "ft"  # what config._experts_implementation says
@@ -26,7 +28,7 @@ def use_ft_experts(model: Any, impl: Impl = "auto") -> None:
     modules = expert_modules(model)
     for name, module in modules.items():
         _check(name, module)
-        module.ft_impl = impl
+        module.ft_impl, module.ft_tile = impl, None
     if not modules:
         return
     check_impl(impl)
@@ -84,7 +86,10 @@ def forward(module: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor)
     params = Params(up=_stack(module, up), down=_stack(module, down), act=act)
     lora: ExpertLoRA | None = getattr(module, "ft_lora", None)
     factors = LoRA() if lora is None else LoRA(up=lora.factors(up), down=lora.factors(down))
-    return experts(hidden_TD, index_TK, weight_TK, params, factors, impl=module.ft_impl)
+    run = partial(experts, params=params, lora=factors, impl=module.ft_impl)
+    if module.ft_tile is None:
+        return run(hidden_TD, index_TK, weight_TK)
+    return tiled(run, hidden_TD, index_TK, weight_TK, tile=module.ft_tile)
 
 
 def _stack(module: Any, name: str) -> Stack:

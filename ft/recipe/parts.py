@@ -61,6 +61,8 @@ class Model:
     """How sequences share a forward; auto packs if the leak check passes; `packed` stops the run if it fails."""
     checkpointing: bool = True
     """Recompute each layer in backward instead of keeping its activations."""
+    tile: int | None = field(default=None, validator=validators.optional(_positive))
+    """Tokens that an MLP, or a layer's experts, takes at a time: less memory for long rows; None takes all at once."""
     frozen: tuple[str, ...] = ()
     """Ends of parameter names that full fine-tuning leaves as they are."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
