@@ -1,0 +1,156 @@
+"""A stand-in for vLLM's server, from the standard library: the routes that ft uses, and faults on demand.
+
+``Fake`` runs in a thread. As a program (``python fake_vllm.py ... --port N``) it also starts a child that sleeps, as
+vLLM has an engine process, and writes both pids into $FAKE_PIDS. The file $FAKE_FAULTS holds words, one start's faults.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+Score = Callable[[list[int], str | None], list[float]]
+
+
+class Fake(ThreadingHTTPServer):
+    """Answers "5 6 7 <seed's digit> 2". ``faults`` are taken one by one by requests that generate."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int = 0, *, score: Score | None = None, token: str = "", faults: tuple[str, ...] = ()):
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.score, self.token, self.faults = score, token, list(faults)
+        self.always = ""  # a fault of every request
+        self.adapters: dict[str, str] = {}
+        self.deaf = False  # takes adapters, and does not apply them
+        self.raw = False  # log-probs leave out the temperature
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def __enter__(self) -> Fake:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def asked(self, path: str) -> list[dict[str, Any]]:
+        return [body for route, body in self.seen if route == path]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that hang up are not worth a traceback."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Fake
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append((self.path, body))
+        if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
+            return self.reply(401, {"error": {"message": "Unauthorized"}})
+        if self.path == "/v1/load_lora_adapter":
+            if not self.server.deaf or body["lora_name"] not in self.server.adapters:
+                self.server.adapters[body["lora_name"]] = body["lora_path"]
+            return self.reply(200, "Success")
+        if self.path == "/v1/unload_lora_adapter":
+            self.server.adapters.pop(body["lora_name"])
+            return self.reply(200, "Success")
+        if body["model"] != "base" and body["model"] not in self.server.adapters:
+            return self.reply(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
+        fault = self.server.always or (self.server.faults.pop(0) if self.server.faults else "")
+        return self.completion(body, fault)
+
+    def completion(self, body: dict[str, Any], fault: str) -> None:
+        if fault == "die":
+            os._exit(9)
+        if fault.startswith("slow"):
+            time.sleep(float(fault[4:]))
+        if fault == "hang":
+            time.sleep(60)
+        if fault == "drop":
+            return self.connection.close()
+        if fault == "500":
+            return self.reply(500, {"error": {"message": "EngineCore died"}})
+        if fault == "400":
+            return self.reply(400, {"error": {"message": "too long"}})
+        reply = self.answers(body)
+        if fault == "garbage":
+            return self.send(200, b'{"model": "base", "choices": [{')
+        if fault == "few":
+            reply["choices"].pop()
+        if fault == "short":
+            reply["choices"][0]["logprobs"]["token_logprobs"].pop()
+        if fault == "none":
+            reply["choices"][0]["logprobs"]["token_logprobs"][0] = None
+        if fault == "nan":
+            reply["choices"][0]["logprobs"]["token_logprobs"][0] = math.nan
+        if fault == "model":
+            reply["model"] = "another"
+        if fault == "prompt":
+            reply["choices"][0]["prompt_token_ids"] = [0]
+        if fault == "abort":
+            reply["choices"][0]["finish_reason"] = "abort"
+        return self.reply(200, reply)
+
+    def answers(self, body: dict[str, Any]) -> dict[str, Any]:
+        prompt, most = body["prompt"], body["max_tokens"]
+        tokens = [5, 6, 7, 10 + body.get("seed", 0) % 10, 2][:most]
+        sharp = 1.0 if self.server.raw else 1 / (body.get("temperature") or 1.0)
+        logprobs = {"token_logprobs": [-1.0 / sharp] * len(tokens), "top_logprobs": [{"x": -0.5 / sharp}] * len(tokens)}
+        choice = {
+            "token_ids": tokens, "text": "", "logprobs": logprobs, "prompt_token_ids": prompt,
+            "finish_reason": "stop" if tokens[-1] == 2 else "length", "prompt_logprobs": None,
+        }  # fmt: skip
+        if "prompt_logprobs" in body:
+            values = (self.server.score or _even)(prompt, self.server.adapters.get(body["model"]))
+            given = [{str(t): {"logprob": v}} for t, v in zip(prompt[1:], values, strict=True)]
+            choice["prompt_logprobs"] = [None, *given]
+        return {"model": body["model"], "choices": [{**choice, "index": i} for i in range(body.get("n", 1))]}
+
+    def reply(self, status: int, value: Any) -> None:
+        self.send(status, json.dumps(value).encode())
+
+    def send(self, status: int, raw: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def _even(tokens: list[int], adapter: str | None) -> list[float]:
+    return [-1.0] * (len(tokens) - 1)
+
+
+if __name__ == "__main__":
+    pids = os.environ.get("FAKE_PIDS")
+    engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    if pids:
+        with open(pids, "a") as file:
+            file.write(f"{os.getpid()} {engine.pid}\n")
+    plan = Path(os.environ["FAKE_FAULTS"])
+    faults = tuple(plan.read_text().split()) if plan.exists() else ()
+    plan.unlink(missing_ok=True)  # the next start is a good one
+    if "refuse" in faults:
+        print("ValueError: the fake does not like its arguments", flush=True)
+        sys.exit(3)
+    if "never" in faults:
+        time.sleep(300)
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    Fake(port, token=os.environ["VLLM_API_KEY"], faults=faults).serve_forever()
