@@ -181,7 +181,7 @@ def test_an_adapter_made_by_peft_loads_into_ours_with_its_gradients(family: str,
     assert len(got) == len(expected)
     for name, grad in got.items():
         theirs_grad = expected[name.replace(".weight", ".default.weight")]
-        assert torch.allclose(grad, theirs_grad, rtol=1e-4, atol=1e-6), name
+        assert (grad - theirs_grad).abs().max() <= 1e-5 * theirs_grad.abs().max().clamp(min=0.1), name
 
 
 @torch.no_grad()
