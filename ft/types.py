@@ -34,6 +34,8 @@ class Example:
     unit: int | None = None
     group: int | None = None
     sampled_logp_L: np.ndarray | None = None  # float32, the sampler's when it drew the tokens
+    old_logp_L: np.ndarray | None = None  # float32, the policy's before the first step on these tokens
+    keep_L: np.ndarray | None = None  # float32, 0 where a policy loss leaves the token out, though it is counted
     ref_logp_L: np.ndarray | None = None  # float32, the reference's where it is known beforehand
     adv_L: np.ndarray | None = None  # float32
     ce_L: np.ndarray | None = None  # float32, weight of a cross-entropy term
@@ -70,7 +72,8 @@ class Batch:
     shared: tuple[int, ...] = ()  # per sequence: how much of the last one before that shares nothing it begins with
     sources: tuple[str, ...] = ()
     sampled_logp_T: Tensor | None = None
-    old_logp_T: Tensor | None = None  # of the policy that the step began with; None: the policy as it is
+    old_logp_T: Tensor | None = None  # of the policy that ratios are taken to; None: the policy as it is
+    keep_T: Tensor | None = None
     ref_logp_T: Tensor | None = None
     ref_hidden_ND: Tensor | None = None  # the reference's last hidden states at trained_N, as wide as its own model
     adv_T: Tensor | None = None
@@ -147,6 +150,20 @@ class Rollout:
     parts: Mapping[str, float] = field(factory=dict)
 
 
+@frozen(eq=False)
+class Said:
+    """What a policy says of an example's tokens: log-probs, and its entropies there. 0 where nothing is trained."""
+
+    logp_L: np.ndarray  # float32
+    entropy_L: np.ndarray  # float32
+
+
+class Score(Protocol):
+    """Scores examples without gradient or dropout."""
+
+    def __call__(self, examples: Sequence[Example], *, temperature: float) -> list[Said]: ...
+
+
 class Drawn(Protocol):
     """What gives the examples of a step."""
 
@@ -186,6 +203,13 @@ class Context:
     judge: Judge | None = None
     note: Callable[[Mapping[str, float]], None] = lambda numbers: None
     """Takes numbers of a step's examples, to be logged beside the loss's."""
+    say: Callable[[str], None] = lambda line: None
+    """Tells the user something."""
+    score: Score | None = None
+    """What the policy says of examples as it is; every rank calls it with the same, and gets the same."""
+    store: dict[str, Any] = field(factory=dict)
+    """What a method keeps from one step to the next. It is lost when a run stops: what is made of it must be remade."""
+    ahead: int = 0  # batches of rollouts that are drawn while others train
 
 
 @frozen(kw_only=True)
@@ -200,6 +224,8 @@ class Asks:
     temperature: float = 1.0
     reference: Literal["none", "logps", "states"] = "none"  # of a frozen model: log-probs, or whole distributions
     compare: Callable[[Tensor, Tensor], Tensor] | None = None  # (policy_NV, reference_NV) logits -> their sum, 0-d
+    repeats: int = 1  # steps on each batch of rows
+    ahead: int = 0  # batches of rollouts that are to be drawn while others train
 
 
 class Method(Protocol):

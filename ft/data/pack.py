@@ -189,6 +189,8 @@ def collate(pack: Sequence[Example]) -> Batch:
         shared=tuple(shared.tolist()) if shared.any() else (),
         sources=tuple(e.source for e in pack),
         sampled_logp_T=_stream(pack, "sampled_logp_L"),
+        old_logp_T=_stream(pack, "old_logp_L"),
+        keep_T=_stream(pack, "keep_L"),
         ref_logp_T=_stream(pack, "ref_logp_L"),
         adv_T=_stream(pack, "adv_L"),
         ce_T=_stream(pack, "ce_L"),

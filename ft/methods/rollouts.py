@@ -1,22 +1,23 @@
-"""What methods on sampled answers share: from prompts to scored groups, and from groups to examples.
+"""What methods on sampled answers share: from prompts to scored groups, and the weights that make up for a sampler.
 
-Shapes: S answers, T positions of a batch, L tokens of one sequence.
+Shapes: S answers, T positions of a batch.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from attrs import evolve, field, frozen
+from attrs import evolve, field, frozen, validators
 
-from ft.rollout.facts import Groups
+from ft.rollout.facts import Groups, facts, varied
 from ft.types import Batch, Context, Counts, Example, LogProbs, Rollout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ft.methods.grpo import Correction
+_positive = validators.gt(0.0)
 
 
 @frozen(kw_only=True)
@@ -32,6 +33,13 @@ class RewardFunction:
     """What its scores are multiplied by before they are added up."""
     options: dict[str, Any] = field(factory=dict)
     """More named arguments for it."""
+    messages: bool = False
+    """Give it each completion as a list of one message, as some libraries' reward functions expect."""
+
+    @property
+    def short(self) -> str:
+        """Its name in logs, and among the parts of a reward."""
+        return self.function.__name__
 
 
 def as_rewards(value: Any) -> tuple[RewardFunction, ...]:
@@ -40,97 +48,159 @@ def as_rewards(value: Any) -> tuple[RewardFunction, ...]:
     return tuple(RewardFunction(function=item) if callable(item) else item for item in items)
 
 
-def scored(step: int, ctx: Context, n: int) -> list[list[Rollout]]:
-    """The step's groups: ``n`` answers to each of its prompts, sampled from the policy as it is, and scored."""
-    assert ctx.data is not None and ctx.sampler is not None and ctx.judge is not None
-    prompts = ctx.data.draw(step, ctx.examples, ctx.seed)
-    ctx.sampler.sync(step)
-    groups = ctx.sampler.rollout(prompts, n, step)
+def _under_cap(correction: Correction, attribute: Any, value: float) -> None:
+    if value > correction.cap:
+        raise ValueError(f"'floor' must be at most cap={correction.cap:g}")
+
+
+@frozen(kw_only=True)
+class Correction:
+    """Weights that make up for a sampler whose log-probs are not the trainer's (``ft.losses.importance``)."""
+
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """What is compared: each token, a whole answer, or an answer's mean token."""
+    mode: Literal["truncate", "mask"] = "truncate"
+    """Whether an outlier's weight is held at the limit, or becomes 0."""
+    cap: float = field(default=2.0, validator=_positive)
+    """Upper limit of a weight."""
+    floor: float | None = field(default=None, validator=validators.optional(validators.and_(_positive, _under_cap)))
+    """Lower limit; None has none."""
+    sequence_kl: float | None = field(default=None, validator=validators.optional(_positive))
+    """Leave out answers below their group's mean from which the policy has moved farther than this, per token."""
+
+
+# Groups ---------------------------------------------------------------------------------------------------------------
+
+
+def drawn(batch: int, step: int, ctx: Context, n: int, *, again: int = 0, shape: Callable[[Groups], Any]) -> Groups:
+    """Scored groups of ``n`` answers for a batch of prompts, sampled from the policy as it is after ``step`` steps.
+
+    Groups whose answers were all scored alike teach nothing. Up to ``again`` more times as many prompts are drawn in
+    their place, and what is left over is left out; all that was sampled is told in the numbers.
+
+    Args:
+        shape: changes rewards before they are looked at.
+    """
+    timed: dict[str, float] = {"generate_s": 0.0, "score_s": 0.0}
+    found = shape(_scored(batch, step, ctx, n, 0, timed))
+    every, good = list(found), [group for group in found if varied(group)]
+    for turn in range(1, again + 1):
+        if len(good) >= len(found):
+            break
+        more = shape(_scored(batch, step, ctx, n, turn, timed))
+        every, good = [*every, *more], [*good, *(group for group in more if varied(group))]
+    ctx.note({**facts(every, step=step), **timed})
+    if not again:
+        return found
+    kept = good[: len(found)]
+    ctx.note({"groups_drawn": len(every), "groups_kept": len(kept)})
+    return kept or found
+
+
+def _scored(batch: int, step: int, ctx: Context, n: int, turn: int, timed: dict[str, float]) -> list[list[Rollout]]:
+    assert ctx.judge is not None
+    began = time.perf_counter()
+    groups = _answers(batch, step, ctx, n, turn)
+    sampled = time.perf_counter()
     flat = ctx.judge.score([rollout for group in groups for rollout in group])
+    timed["generate_s"] += sampled - began
+    timed["score_s"] += time.perf_counter() - sampled
     return [flat[i : i + n] for i in range(0, len(flat), n)]
 
 
-def to_examples(groups: Groups, advantage: str, *, truncated: bool, tokens: int | None = None) -> list[Example]:
-    """One example for each answer; the answer is trained, the prompt is not.
+def _answers(batch: int, step: int, ctx: Context, n: int, turn: int) -> list[list[Rollout]]:
+    """The first draw may have been made ahead, and then others are made ahead in its place."""
+    sampler: Any = ctx.sampler
+    if turn:
+        return sampler.rollout(prompts_of(batch, ctx, turn), n, step)
+    if not ctx.ahead:
+        sampler.sync(step)
+        return sampler.rollout(prompts_of(batch, ctx, turn), n, step)
+    if step and not sampler.has(batch):
+        ctx.say(f"rollouts that were drawn ahead of step {step + 1} are drawn again, by the policy as it is now")
+    sampler.sync(step)
+    for later in range(batch, batch + ctx.ahead + 1):
+        if not sampler.has(later):
+            sampler.begin(later, prompts_of(later, ctx, 0), n, step)
+    return sampler.take(batch)
 
-    An answer without a score has advantage 0, as have those of a group that was scored alike. ``truncated=False``
-    leaves answers that were cut off out of the loss, though not out of their group's mean. Answers of one prompt are
-    units of at most ``tokens`` positions, so that their prompt is forwarded once.
+
+def prompts_of(batch: int, ctx: Context, turn: int) -> list[Example]:
+    """The prompts of a batch; with ``turn`` others, from an order of their own. Each is a group of its own."""
+    assert ctx.data is not None
+    if not turn:
+        return ctx.data.draw(batch, ctx.examples, ctx.seed)
+    others = ctx.data.draw(batch, ctx.examples, ctx.seed + 1_000_003 * turn)
+    return [evolve(prompt, group=turn * ctx.examples + i) for i, prompt in enumerate(others)]
+
+
+# The policy that ratios are taken to ----------------------------------------------------------------------------------
+
+
+def with_old(examples: Sequence[Example], ctx: Context, temperature: float, *, top: float | None) -> list[Example]:
+    """With the policy's own log-probs as it is now, to be kept for several steps.
+
+    Args:
+        top: keep, in the policy loss, the share of the step's trained tokens at which the policy is least decided
+            (the threshold is one of the whole step, however it is split).
     """
-    from ft.losses import advantage as estimators
-
-    flat = [rollout for group in groups for rollout in group]
-    adv = _advantages(flat, [g for g, group in enumerate(groups) for _ in group], getattr(estimators, advantage))
-    examples = [
-        _example(rollout, value, group)
-        for rollout, value, group in zip(flat, adv, [g for g, x in enumerate(groups) for _ in x], strict=True)
-        if truncated or rollout.finish != "length"
-    ]
-    return examples if tokens is None else _in_units(examples, tokens)
-
-
-def _in_units(examples: Sequence[Example], tokens: int) -> list[Example]:
-    """Neighbours of one group share a unit while they fit into ``tokens`` positions, whole prompts counted."""
-    found: list[Example] = []
-    unit, room = -1, 0
-    for i, example in enumerate(examples):
-        if i == 0 or example.group != examples[i - 1].group or len(example) - 1 > room:
-            unit, room = unit + 1, tokens
-        room -= len(example) - 1
-        found.append(evolve(example, unit=unit))
-    return found
-
-
-def _advantages(flat: Sequence[Rollout], group: Sequence[int], estimator: Callable[..., Tensor]) -> list[float]:
+    import numpy as np
     import torch
 
-    from ft.losses.advantage import from_list, opo
+    from ft.losses import entropy
 
-    reward_S, group_S = from_list([r.reward for r in flat]), torch.tensor(group)
-    if estimator is opo:
-        return opo(reward_S, torch.tensor([len(r.tokens_L) for r in flat]), group_S).tolist()
-    return estimator(reward_S, group_S).tolist()
+    assert ctx.score is not None, "a session gives it"
+    said = ctx.score(examples, temperature=temperature)
+    found = [evolve(e, old_logp_L=s.logp_L) for e, s in zip(examples, said, strict=True)]
+    if top is None or not found:
+        return found
+    entropy_T = torch.from_numpy(np.concatenate([s.entropy_L for s in said]))
+    mask_T = torch.from_numpy(np.concatenate([_trained(e) for e in examples]))
+    keep_T = entropy.top(entropy_T, mask_T, fraction=top).float().numpy()
+    pieces = np.split(keep_T, np.cumsum([len(e) for e in examples])[:-1])
+    return [evolve(e, keep_L=piece) for e, piece in zip(found, pieces, strict=True)]
 
 
-def _example(rollout: Rollout, advantage: float, group: int) -> Example:
-    import numpy as np
+def _trained(example: Example) -> Any:
+    """The mask, and False for the first token, which nothing predicts."""
+    mask_L = example.mask_L.copy()
+    mask_L[:1] = False
+    return mask_L
 
-    prompt_L, answer_L = rollout.prompt.tokens_L, rollout.tokens_L
-    tokens_L = np.concatenate([prompt_L, answer_L]).astype(np.int32)
-    said_L = np.full(len(answer_L), np.nan, np.float32) if rollout.logp_L is None else rollout.logp_L
-    return Example(
-        tokens_L=tokens_L,
-        mask_L=np.arange(len(tokens_L)) >= len(prompt_L),
-        source=rollout.prompt.source,
-        group=group,
-        sampled_logp_L=np.concatenate([np.zeros(len(prompt_L), np.float32), said_L.astype(np.float32)]),
-        adv_L=np.full(len(tokens_L), advantage, np.float32),
-    )
+
+def old_logps(logp_T: Tensor, batch: Batch, old: str) -> Tensor | None:
+    """What ratios are taken to: the policy before the first step on these answers, or what the sampler said.
+
+    Where the sampler said nothing (NaN) the policy as it is takes its place: a ratio of 1.
+    """
+    import torch
+
+    if old == "trainer" or batch.sampled_logp_T is None:
+        return batch.old_logp_T
+    return torch.where(batch.sampled_logp_T.isnan(), logp_T.detach(), batch.sampled_logp_T)
+
+
+# Importance -----------------------------------------------------------------------------------------------------------
 
 
 def importance(logp_T: Tensor, adv_T: Tensor, batch: Batch, correction: Correction | None) -> dict[str, Tensor]:
     """``is_weight_T`` and ``keep_T`` of the loss: what makes up for the sampler's own log-probs."""
+    kept = {} if batch.keep_T is None else {"keep_T": batch.keep_T}
     if correction is None or batch.sampled_logp_T is None:
-        return {}
+        return kept
     from ft.losses import importance as make
 
     ours_T = logp_T if batch.old_logp_T is None else batch.old_logp_T
-    between = (ours_T, batch.sampled_logp_T)
-    found = {
-        "is_weight_T": make.weights(
-            *between, batch.mask_T, batch.seq_T,
-            level=correction.level, mode=correction.mode, cap=correction.cap, floor=correction.floor,
-        )
-    }  # fmt: skip
+    is_weight_T = make.weights(
+        ours_T, batch.sampled_logp_T, batch.mask_T, batch.seq_T,
+        level=correction.level, mode=correction.mode, cap=correction.cap, floor=correction.floor,
+    )  # fmt: skip
     if correction.sequence_kl is not None:
-        keep_T = make.keep_by_kl(*between, adv_T, batch.mask_T, batch.seq_T, threshold=correction.sequence_kl)
-        found["keep_T"] = keep_T.float()
-    return found
-
-
-def denominators(aggregate: str, counts: Counts) -> dict[str, Any]:
-    """The step's numbers that means are over."""
-    return {"tokens": counts.tokens} | ({} if aggregate == "token" else {"seqs": counts.seqs})
+        near_T = make.keep_by_kl(
+            logp_T, batch.sampled_logp_T, adv_T, batch.mask_T, batch.seq_T, threshold=correction.sequence_kl
+        ).float()
+        kept = {"keep_T": near_T * kept.get("keep_T", 1.0)}
+    return {"is_weight_T": is_weight_T, **kept}
 
 
 def mismatch(logprobs: LogProbs, batch: Batch, counts: Counts) -> dict[str, Tensor]:
@@ -147,3 +217,18 @@ def mismatch(logprobs: LogProbs, batch: Batch, counts: Counts) -> dict[str, Tens
         gap_T = torch.where(known_T, ours_T - batch.sampled_logp_T, 0.0).clamp(-20, 20)
         sums["mismatch_kl"] = share((gap_T.exp() - 1 - gap_T).sum(), counts.tokens)
     return sums
+
+
+def undecided(logp_T: Tensor, entropy_T: Tensor, mask_T: Tensor, tokens: Any) -> Tensor:
+    """This micro-batch's share of the mean entropy, 0-d, with the score function's gradient.
+
+    Its slope by logp is -logp - H at each token: over tokens drawn from the policy that is on average the gradient of
+    H, and needs no gradient through a whole vocabulary. Williams and Peng, 1991.
+    """
+    import torch
+
+    from ft.losses.reduce import share
+
+    surprise_T = torch.where(mask_T, -logp_T.detach() - entropy_T, 0.0)
+    scored_T = surprise_T * torch.where(mask_T, logp_T, 0.0)
+    return share((scored_T - scored_T.detach() + torch.where(mask_T, entropy_T, 0.0)).sum(), tokens)

@@ -9,12 +9,17 @@ from ft.types import Rollout
 Groups = Sequence[Sequence[Rollout]]
 
 
-def facts(groups: Groups) -> dict[str, float]:
-    """Numbers of a step's answers, for the log."""
+def varied(group: Sequence[Rollout]) -> bool:
+    """Whether two of its answers were scored differently, so that something can be learnt."""
+    return len({r.reward for r in group if r.reward is not None}) > 1
+
+
+def facts(groups: Groups, *, step: int | None = None) -> dict[str, float]:
+    """Numbers of a step's answers, for the log. ``step``: of the policy that trains on them, to tell their age."""
     flat = [rollout for group in groups for rollout in group]
     rewards = [rollout.reward for rollout in flat if rollout.reward is not None]
     mean = sum(rewards) / max(1, len(rewards))
-    alike = [len({r.reward for r in group if r.reward is not None}) <= 1 for group in groups]
+    alike = [not varied(group) for group in groups]
     lengths = [len(rollout.tokens_L) for rollout in flat]
     found = {
         "reward": mean,
@@ -24,6 +29,8 @@ def facts(groups: Groups) -> dict[str, float]:
         "length": sum(lengths) / max(1, len(flat)),
         "cut_off": sum(r.finish == "length" for r in flat) / max(1, len(flat)),
     }
+    if step is not None:
+        found["staleness"] = sum(step - r.policy_step for r in flat) / max(1, len(flat))
     return found | _by_function(flat)
 
 

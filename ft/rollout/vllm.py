@@ -22,7 +22,7 @@ from ft.recipe.parts import VLLM, Sampling
 from ft.rollout import canary
 from ft.rollout.client import Client, Drawn, Malformed, Refused, Unreachable, in_parallel
 from ft.rollout.sent import Weights
-from ft.rollout.server import BASE, Server, generates, retried, tail
+from ft.rollout.server import BASE, Server, generates, last_words, retried
 from ft.rollout.shared import Answer, from_all_ranks, on_first
 from ft.types import Example, Rollout
 
@@ -146,14 +146,15 @@ class VLLMSampler:
     def rollout(self, prompts: Sequence[Example], n: int, step: int, *, greedy: bool = False) -> list[list[Rollout]]:
         """``n`` answers to each prompt, the same on every rank. Seeds depend on the run's seed, step and prompt."""
         nothing: list[list[Answer]] = [[] for _ in prompts]
-        found = on_first(lambda: self._answers(prompts, n, step, greedy), self.world, nothing)
+        found = on_first(lambda: self.ask(prompts, n, step, greedy=greedy), self.world, nothing)
         found = from_all_ranks(found, n, self.world)
         return [
             [_rollout(prompt, answer, self.step) for answer in group]
             for prompt, group in zip(prompts, found, strict=True)
         ]
 
-    def _answers(self, prompts: Sequence[Example], n: int, step: int, greedy: bool) -> list[list[Answer]]:
+    def ask(self, prompts: Sequence[Example], n: int, step: int, *, greedy: bool = False) -> list[list[Answer]]:
+        """The same on the first rank alone, in any thread: while the policy trains, too."""
         found: list[list[Answer]] = [[] for _ in prompts]
         while left := [p for p, answers in enumerate(found) if not answers]:
             replies = self._ask(prompts, left, n, step, greedy)
@@ -220,7 +221,7 @@ class VLLMSampler:
 
     def _failure(self, error: Exception, source: str) -> FtError:
         url = self._client().url if self.server is None or self.server.client else "the vLLM server"
-        log = f"; its log ends:\n{tail(self.server.launch.log, 12)}" if self.server else ""
+        log = last_words(self.server.launch.log) if self.server else ""
         kinds = {
             Refused: "the vLLM server refuses a request", Malformed: "the vLLM server sends what was not asked for",
         }  # fmt: skip

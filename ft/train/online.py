@@ -15,9 +15,10 @@ from ft.io.weights import ModelFolder
 from ft.models.build import Built
 from ft.recipe import VLLM, Embedded, Recipe, run_folder
 from ft.rollout import canary, sent
+from ft.rollout.ahead import AheadSampler
 from ft.rollout.client import Client
 from ft.rollout.embedded import EmbeddedSampler
-from ft.rollout.judge import Judge, scorer
+from ft.rollout.judge import Judge, scorers_of
 from ft.rollout.server import TOKEN, Server, context, launch
 from ft.rollout.vllm import VLLMSampler
 from ft.types import Sampler, asked
@@ -33,8 +34,12 @@ class Online:
     judge: Judge | None = None
 
     def close(self) -> None:
-        if isinstance(self.sampler, VLLMSampler):
-            self.sampler.close()
+        sampler = self.sampler
+        if isinstance(sampler, AheadSampler):
+            sampler.close()
+            sampler = sampler.sampler
+        if isinstance(sampler, VLLMSampler):
+            sampler.close()
         if self.judge is not None:
             self.judge.close()
 
@@ -44,9 +49,9 @@ def start(recipe: Recipe, built: Built, world: World, tokenizer: Any, folder: Mo
     method: Any = recipe.method
     if asked(method).rows != "prompts":
         return Online()
-    sampler = sampler_of(recipe, built, world, tokenizer, folder, say)
+    sampler = ahead(sampler_of(recipe, built, world, tokenizer, folder, say), recipe, world, say)
     judge = Judge(
-        scorers=[scorer(r.function, r.weight, r.options) for r in method.rewards],
+        scorers=scorers_of(method.rewards),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         timeout=recipe.judging.timeout,
         workers=recipe.judging.workers,
@@ -55,6 +60,26 @@ def start(recipe: Recipe, built: Built, world: World, tokenizer: Any, folder: Mo
         world=world,
     )
     return Online(sampler=sampler, judge=judge)
+
+
+def ahead(sampler: Sampler, recipe: Recipe, world: World, say: Say) -> Sampler:
+    """One that draws batches ahead, where the method wants that.
+
+    Raises:
+        RecipeError: the sampler is the model in training, which cannot do both at a time.
+    """
+    if not asked(recipe.method).ahead:
+        return sampler
+    if isinstance(sampler, VLLMSampler):
+        return AheadSampler(sampler=sampler, world=world)
+    if not recipe.model.tiny:
+        raise RecipeError(
+            "answers cannot be drawn ahead by the model in training", where="method",
+            expected="a sampler beside the trainer: sampler=VLLM(...)", got=type(recipe.sampler).__name__,
+            fix="take the method out of Ahead(...), or sample from a server",
+        )  # fmt: skip
+    say("rehearsal: a look-alike is sampled in its own process, so that no answers are drawn ahead")
+    return sampler
 
 
 def sampler_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from attrs import evolve
@@ -23,6 +24,7 @@ from ft.train import known, online, optim, reference
 from ft.train.guard import GradientCheck, Watch
 from ft.train.log import Log
 from ft.train.notes import Notes
+from ft.train.scoring import score
 from ft.train.session import Session
 from ft.types import Context, asked
 
@@ -152,7 +154,7 @@ def session(
     """
     batch = recipe.batch
     context = Context(data=train, examples=batch.examples, tokens=batch.tokens, seed=recipe.seed, tokenizer=tokenizer)
-    steps = total_steps(recipe, train.per_epoch)
+    steps = total_steps(recipe, train.per_epoch * asked(recipe.method).repeats)
     kept: known.Rows | None = None
     if recipe.reference.cached:
         source = second or Second(model=recipe.model, config=config, folder=folder, seed=recipe.seed)
@@ -174,7 +176,10 @@ def session(
         kept = known.by_policy(kept, built.policy, recipe, world, log.notice)
     built = evolve(built, policy=reference.attach(built.policy, recipe, second, world, log.notice))
     notes, started = Notes(), online.start(recipe, built, world, tokenizer, folder, log.notice)
-    context = evolve(context, sampler=started.sampler, judge=started.judge, note=notes.add)
+    context = evolve(
+        context, sampler=started.sampler, judge=started.judge, note=notes.add, say=log.notice,
+        score=partial(score, policy=built.policy, world=world, tokens=batch.tokens),
+    )  # fmt: skip
     parameters = optim.trained(built.policy.scorer.model)
     place = run_folder(recipe)
     return Session(

@@ -35,10 +35,7 @@ def plan(examples: Sequence[Example], method: Method, policy: Policy, world: Wor
 
     Every rank passes the same examples and gets the same number of batches; a rank without work gets fillers.
     """
-    if _shares(policy):
-        examples = share_prompts(examples)
-    make = pack if policy.layout.kind == "packed" else pack_rows
-    packs = shard(make(examples, tokens=tokens), rank=world.rank, world=world.size)
+    packs = packs_of(sharing(examples, policy), policy, world, tokens=tokens)
     batches = [collate(p).to(world.device) for p in packs]
     with torch.no_grad():
         batches = [method.prepare(batch, policy) for batch in batches]
@@ -53,10 +50,16 @@ def without_signal(examples: Sequence[Example]) -> bool:
     return all(example.adv_L is not None and not example.adv_L.any() for example in examples)
 
 
-def _shares(policy: Policy) -> bool:
-    """Whether all that will forward these examples can forward a prompt once for its answers."""
+def sharing(examples: Sequence[Example], policy: Policy) -> Sequence[Example]:
+    """The same, in order, cut where all that will forward them can forward a prompt once for its answers."""
     others = (policy.reference,) if isinstance(policy.reference, Policy) else ()
-    return all(model.layout.shared for model in (policy, *others))
+    return share_prompts(examples) if all(model.layout.shared for model in (policy, *others)) else examples
+
+
+def packs_of(examples: Sequence[Example], policy: Policy, world: World, *, tokens: int) -> list[list[Example]]:
+    """This rank's micro-batches, of these same objects."""
+    make = pack if policy.layout.kind == "packed" else pack_rows
+    return shard(make(examples, tokens=tokens), rank=world.rank, world=world.size)
 
 
 def add(a: LossOutput, b: LossOutput) -> LossOutput:
