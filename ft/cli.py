@@ -42,6 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
 
 
 @attrs.define
@@ -138,6 +140,42 @@ def check(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False) -
     from ft.train.check import check as passes
 
     raise typer.Exit(0 if passes(resolved, _console()) else 2)
+
+
+@app.command(context_settings=_OVERRIDES)
+def serve(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Start the vLLM server that a recipe samples from, in the foreground, for runs given sampler.url."""
+    from ft.commands.recipes import resolve
+    from ft.commands.serve import serve as start
+
+    start(resolve(recipe, overrides or [], options=("--help",)), lambda line: print(line, flush=True))
+
+
+@bench.command()
+def kernels(
+    ops: Annotated[
+        list[str] | None, typer.Argument(help="experts nf4 logprobs routing reductions; all by default.", metavar="OP")
+    ] = None,
+    case: Annotated[str, typer.Option(help="Cases whose names hold this.")] = "",
+    rounds: Annotated[int, typer.Option(help="Turns of each contender.", min=1)] = 5,
+    threads: Annotated[int | None, typer.Option(help="Of torch on the CPU.", min=1)] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; may be repeated.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--json", help="Append results here. In a checkout: bench/results/kernels.jsonl.")
+    ] = None,
+    compile: Annotated[bool, typer.Option(help="Without a GPU: compile the Triton kernels for each target.")] = True,
+    torch_compile: Annotated[bool, typer.Option("--torch-compile", help="Time torch.compile of plain torch too.")] = (
+        False
+    ),
+) -> None:
+    """Test kernels, then time them beside other libraries that are installed. Status 1: a result was wrong."""
+    from ft.commands.bench import Options, run
+
+    options = Options(
+        case=case, rounds=rounds, dtypes=tuple(dtype or ()), torch_compile=torch_compile, compile=compile, file=file
+    )
+    if not run(ops or [], options, threads, _console()):
+        raise typer.Exit(1)
 
 
 def _help(ctx: typer.Context, recipe: Path | None, words: list[str], tiny: bool) -> None:

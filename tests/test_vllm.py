@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,6 +204,7 @@ def test_a_step_sends_its_adapter_in_a_new_folder_and_answers_carry_it(fake: Fak
     tiny = Tiny()
     fake.score = tiny.score
     made = sampler(world, tmp_path, url=fake.url, tiny=tiny)
+    groups = []
     for step in range(4):
         made.sync(step)
         groups = made.rollout(prompts(), 3, step)
@@ -467,6 +469,15 @@ def test_one_that_fails_is_started_again_and_the_rollout_goes_on(
     assert gone(pids(tmp_path))
 
 
+def test_it_outlives_the_thread_that_started_it(start: Callable[..., Server]):
+    server = start()
+    thread = threading.Thread(target=server.start)
+    thread.start()
+    thread.join()
+    time.sleep(0.3)
+    assert server.alive and server.client is not None and server.client.complete("base", [3], 1, OPTIONS)
+
+
 PARENT = """
 import sys, time
 from pathlib import Path
@@ -532,3 +543,38 @@ def test_a_machine_without_vllm_is_told_how_to_go_on(monkeypatch: pytest.MonkeyP
         interpreter(VLLM(python="/nowhere/python"))
     monkeypatch.setenv("FT_VLLM_PYTHON", sys.executable)
     assert interpreter(VLLM()) == sys.executable
+
+
+RECIPE = """
+from ft import GRPO, VLLM, Data, LoRA, Model, Recipe
+from ft.rollout.rewards import exact
+recipe = Recipe(model=Model(id={model!r}), adapter=LoRA(), data=Data(train="x.jsonl"), method=GRPO(rewards=exact),
+                sampler=VLLM(python={python!r}))
+"""
+
+
+def test_serve_says_how_to_use_it_and_ends_with_ctrl_c(start: Callable[..., Server], tmp_path: Path):
+    start()
+    model = tmp_path / "model"
+    build("llama").save_pretrained(model)
+    file = tmp_path / "x.py"
+    file.write_text(RECIPE.format(model=str(model), python=str(tmp_path / "python")))
+    env = {**os.environ, "FT_VLLM_TOKEN": "sesame"}
+    process = subprocess.Popen([sys.executable, "-m", "ft", "serve", str(file)], stdout=subprocess.PIPE, env=env)
+    assert process.stdout is not None
+    said = [process.stdout.readline().decode(), process.stdout.readline().decode()]
+    assert "Ctrl+C ends it" in said[0] and "FT_VLLM_TOKEN=sesame" in said[1]
+    url = said[1].split("sampler.url=")[1].strip()
+    assert Client(url=url, token="sesame").complete("base", [3], 1, OPTIONS)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130 and gone(pids(tmp_path))
+    process.stdout.close()
+
+
+def test_serve_refuses_what_needs_no_server():
+    from ft import SFT
+    from ft.commands.serve import serve
+
+    for one in (recipe(method=SFT()), recipe(sampler=VLLM(url="http://x")), recipe(adapter=None)):
+        with pytest.raises(RecipeError):
+            serve(one, print)

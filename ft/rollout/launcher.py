@@ -16,9 +16,15 @@ from types import FrameType
 
 def main() -> None:
     parent, command = int(sys.argv[1]), sys.argv[2:]
-    signal.signal(signal.SIGTERM, _end)
+
+    def told(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM or os.getppid() != parent:  # else it was only the thread that started this
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, told)
+    signal.signal(signal.SIGUSR1, told)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: told when the parent ends
+        ctypes.CDLL(None).prctl(1, signal.SIGUSR1)  # PR_SET_PDEATHSIG: sent when the parent, or its thread, ends
     if os.getppid() != parent:  # it ended before that
         os._exit(1)
     try:
@@ -26,11 +32,7 @@ def main() -> None:
         print(f"the server ended with {_ended(status)}", flush=True)
     except OSError as error:
         print(f"the server was not started: {error}", flush=True)
-    _end(signal.SIGTERM, None)
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    told(signal.SIGTERM, None)
 
 
 def _ended(status: int) -> str:

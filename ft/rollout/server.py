@@ -40,7 +40,7 @@ class Launch:
     port: int  # 0: a free one
     startup: float  # seconds
     timeout: float
-    log: Path
+    log: Path | None  # None: what it prints comes through
 
     def command(self, model: Path, port: int) -> list[str]:
         head = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
@@ -121,7 +121,7 @@ def free_port() -> int:
 
 @define(kw_only=True, eq=False)
 class Server:
-    """A process that serves, or none yet. It dies with the thread that starts it, whatever ends that."""
+    """A process that serves, or none yet. It ends with this process, whatever ends that."""
 
     launch: Launch
     token: str = field(factory=lambda: os.environ.get(TOKEN) or secrets.token_urlsafe(24))
@@ -166,12 +166,11 @@ class Server:
                 time.sleep(0.3)
             except (Refused, Malformed) as error:
                 raise self._failure("the vLLM server started, but does not generate", str(error)) from error
-        raise self._failure("the vLLM server ended while it started", tail(self.launch.log, 1))
+        raise self._failure("the vLLM server ended while it started", "no answer")
 
     def _failure(self, problem: str, got: str) -> FtError:
-        lines = tail(self.launch.log, 15)
         return FtError(
-            f"{problem}; its log ends:\n{lines}", where=str(self.launch.log), got=got,
+            problem + last_words(self.launch.log), where=str(self.launch.log or "the vLLM server"), got=got,
             fix="mend what the log names, or raise sampler.startup; sampler=embedded needs no server",
         )  # fmt: skip
 
@@ -184,18 +183,20 @@ class Server:
             process.wait()
 
 
-def spawn(command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+def spawn(command: Sequence[str], env: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
     """The command under a launcher that ends it with this process; what both print goes to the end of ``log``."""
-    keeper = [sys.executable, "-P", str(Path(__file__).with_name("launcher.py"))]
-    log.parent.mkdir(parents=True, exist_ok=True)
+    keeper = [sys.executable, "-P", str(Path(__file__).with_name("launcher.py")), str(os.getpid()), *command]
+    given, quiet = dict(env), subprocess.DEVNULL
+    if log is None:
+        return subprocess.Popen(keeper, stdin=quiet, env=given, start_new_session=True)
     try:
+        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n".encode())
             file.flush()
             return subprocess.Popen(
-                [*keeper, str(os.getpid()), *command],
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=dict(env), start_new_session=True,
-            )  # fmt: skip
+                keeper, stdin=quiet, stdout=file, stderr=subprocess.STDOUT, env=given, start_new_session=True
+            )
     except OSError as error:
         raise CapacityError("the server's log cannot be written", where=str(log), got=str(error)) from error
 
@@ -205,15 +206,17 @@ def generates(client: Client, model: str) -> None:
     client.complete(model, [1], 1, {"max_tokens": 1, "temperature": 0.0})
 
 
-def tail(path: Path, lines: int) -> str:
-    """The last lines of a log, short enough for an error."""
+def last_words(log: Path | None, lines: int = 15) -> str:
+    """The end of a log, short enough for an error."""
+    if log is None:
+        return "; what it printed stands above"
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 20_000))
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 20_000))
             text = file.read().decode(errors="replace")
     except OSError:
-        return "(no log)"
-    return "\n".join("  | " + line[:220] for line in text.splitlines()[-lines:])
+        return ""
+    return "; its log ends:\n" + "\n".join("  | " + line[:220] for line in text.splitlines()[-lines:])
 
 
 def retried(act: Callable[[], None], patience: float, *, first: float = 0.5) -> None:
