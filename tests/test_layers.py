@@ -27,7 +27,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(ROOMS, start=1) for room in r
 # Packages that only some rooms may import; a file may be named where its whole room may not.
 ONLY = {
     "torch.distributed": ("dist", "models", "io", "train", "commands/ranks"),
-    "transformers": ("data", "models", "rollout"),
+    "transformers": ("data", "models", "rollout", "commands/kernels/peers"),
     "vllm": ("rollout",),
 }
 # Modules of ft/data that make tensors; the others read rows and text.

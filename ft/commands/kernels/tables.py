@@ -1,0 +1,94 @@
+"""What `ft bench kernels` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ft.commands.kernels.contest import Cost
+from ft.commands.kernels.roofline import PEAKS, Least, least
+
+MEMORY_BOUND = 8.0  # FLOPs a byte, below which bytes say more
+
+
+def timings(op: str, lines: Sequence[dict[str, Any]], console: Console) -> None:
+    """One row a contender; ``x ft`` is its time over ft's, above 1 where ft is the faster."""
+    table = Table(title=op, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name, justify in (("case", "left"), ("contender", "left"), ("median", "right"), ("rate", "right"),
+                          ("extra memory", "right"), ("x ft", "right")):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    last = None
+    for line in lines:
+        case = f"{line['case']}, {line['dtype']}"
+        times = span(line["seconds"]) + ("" if line["rounds"] > 1 else " (once)")
+        ratio = "" if line["x_ft"] is None else f"{line['x_ft']:.2f}"
+        extra = "" if line["extra"] is None else size(line["extra"])
+        name = f"[bold]{line['contender']}[/bold]" if line["contender"] == "ft" else escape(line["contender"])
+        table.add_row(escape(case) if case != last else "", name, times, rate(line), extra, ratio)
+        last = case
+    console.print(table)
+
+
+def rate(line: dict[str, Any]) -> str:
+    """GFLOP/s where products bound the case, else GB/s; both of the least work, so useful work alone counts."""
+    if line["flops"] > MEMORY_BOUND * line["bytes"]:
+        return f"{line['flops'] / line['seconds'] / 1e9:.1f} GFLOP/s"
+    return f"{line['bytes'] / line['seconds'] / 1e9:.2f} GB/s"
+
+
+def kernels(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """A row a kernel, a column a target; what fails is told beneath."""
+    table = Table(title="Triton kernels: registers / spilled words / KiB of shared memory of those there are",
+                  title_justify="left", title_style="bold", box=None, pad_edge=False)  # fmt: skip
+    table.add_column("kernel")
+    for target in PEAKS:
+        table.add_column(target, justify="right", no_wrap=True)
+    for name in dict.fromkeys(row["name"] for row in rows):
+        cells = {row["target"]: cell(row) for row in rows if row["name"] == name}
+        table.add_row(escape(name), *(cells.get(target, "-") for target in PEAKS))
+    console.print(table)
+    for row in rows:
+        if not row["ok"]:
+            console.print(f"[red]{escape(row['name'])}, {row['target']}: {escape(row['error'])}[/red]")
+
+
+def cell(row: dict[str, Any]) -> str:
+    if not row["ok"]:
+        return "[red]fails[/red]"
+    text = f"{row['registers']}/{row['spills']}/{row['shared'] / 1024:.0f} of {row['limit'] // 1024}"
+    return f"[red]{text}[/red]" if row["spills"] or not row["fits"] else text
+
+
+def rooflines(cases: Sequence[tuple[str, Cost]], console: Console) -> None:
+    """The least time of each case in bfloat16 on each target, and what bounds it there."""
+    table = Table(title="Least time in bfloat16: m bound by memory, p by products", title_justify="left",
+                  title_style="bold", box=None, pad_edge=False)  # fmt: skip
+    for name in ("case", "bytes", "FLOPs", *(f"{target} ({peak.part})" for target, peak in PEAKS.items())):
+        table.add_column(name, justify="left" if name == "case" else "right")
+    for name, cost in cases:
+        bounds = [least(cost, peak) for peak in PEAKS.values()]
+        flops = f"{cost.flops / 1e9:.2f} G" if cost.flops else "-"
+        table.add_row(escape(name), size(cost.bytes), flops, *(_bound(b) for b in bounds))
+    console.print(table)
+
+
+def _bound(bound: Least) -> str:
+    return f"{span(bound.seconds)} {bound.bound[0]}"
+
+
+def span(seconds: float) -> str:
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def size(count: int) -> str:
+    for power, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= power:
+            return f"{count / power:.1f} {unit}"
+    return f"{count} B"
