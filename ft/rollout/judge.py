@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import selectors
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,22 +15,41 @@ from ft import dist
 from ft.dist import World
 from ft.errors import DataError
 from ft.recipe.typed import name_of
+from ft.rollout.process import Worker
 from ft.types import Rollout
 
 Notice = Callable[[str], None]
+Scored = tuple[float, str]  # a score, NaN for none, and why there is none if it should be there
+
+_UNTRIED = "not tried, since too many failed before"
+_FAILED = math.inf  # in the table that ranks share, where NaN is a None
 
 
 @frozen(kw_only=True, eq=False)
 class Scorer:
     """A reward function by its name, with its weight and what it is given besides the samples."""
 
-    name: str  # "package.module:function"
+    name: str  # "package.module:function", or "recipe.py:function"
     weight: float
     options: Mapping[str, Any]
+    messages: bool = False  # completions come as lists of one message
+    label: str  # names its scores; no other one's
 
-    @property
-    def short(self) -> str:
-        return self.name.rpartition(":")[2]
+
+def scorers_of(rewards: Sequence[Any]) -> list[Scorer]:
+    """Of a method's reward functions. Two of one name are told apart by a number."""
+    found: list[Scorer] = []
+    for reward in rewards:
+        assert math.isfinite(reward.weight)
+        short = reward.function.__name__
+        before = sum(s.name.rpartition(":")[2] == short for s in found)
+        found.append(
+            Scorer(
+                name=name_of(reward.function), weight=reward.weight, options=dict(reward.options),
+                messages=reward.messages, label=f"{short}_{before + 1}" if before else short,
+            )
+        )  # fmt: skip
+    return found
 
 
 @define(eq=False)
@@ -68,7 +80,7 @@ class Judge:
         table, failure = np.zeros((len(self.scorers), len(named))), None
         if self.world.first:
             try:
-                table[:] = [[math.nan if s is None else s for s in self._scores(one, named)] for one in self.scorers]
+                table[:] = [[_FAILED if why else s for s, why in self._scores(one, named)] for one in self.scorers]
             except DataError as error:
                 failure = error
         if dist.any_rank(failure is not None, self.world):
@@ -77,21 +89,24 @@ class Judge:
         return [self._weighed(rollout, column.tolist()) for rollout, column in zip(named, shared.T, strict=True)]
 
     def _weighed(self, rollout: Rollout, scores: Sequence[float]) -> Rollout:
-        known = [(s, score) for s, score in zip(self.scorers, scores, strict=True) if not math.isnan(score)]
-        reward = sum(s.weight * score for s, score in known) if known else None
-        return evolve(rollout, reward=reward, parts={s.short: score for s, score in known})
+        """A None is left out of the sum. Where a function failed there is no reward: it would be too small."""
+        known = [(s, score) for s, score in zip(self.scorers, scores, strict=True) if math.isfinite(score)]
+        whole = known and _FAILED not in scores
+        reward = sum(s.weight * score for s, score in known) if whole else None
+        return evolve(rollout, reward=reward, parts={s.label: score for s, score in known})
 
-    def _scores(self, scorer: Scorer, rollouts: Sequence[Rollout]) -> list[float | None]:
+    def _scores(self, scorer: Scorer, rollouts: Sequence[Rollout]) -> list[Scored]:
         """All samples in one call for each worker; where that fails, one by one, so that only the culprit is lost."""
-        size = -(-len(rollouts) // len(self.pool)) or 1
+        size, most = -(-len(rollouts) // len(self.pool)) or 1, self.most_failures * len(rollouts)
         parts = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
-        found = list(self.threads.map(lambda job: self._part(scorer, *job), zip(self.pool, parts, strict=False)))
-        scores, failures = [s for part, _ in found for s in part], [f for _, part in found for f in part]
+        jobs = zip(self.pool, parts, strict=False)
+        found = [s for part in self.threads.map(lambda job: _part(scorer, *job, most), jobs) for s in part]
+        failures = [(r, why) for r, (_, why) in zip(rollouts, found, strict=True) if why and why != _UNTRIED]
         for rollout, why in failures[:3]:
             self.notice(
-                f"{scorer.short} failed on an answer to {rollout.prompt.source}: {why}\n  {rollout.text[:200]!r}"
+                f"{scorer.label} failed on an answer to {rollout.prompt.source}: {why}\n  {rollout.text[:200]!r}"
             )
-        if len(failures) > self.most_failures * len(rollouts):
+        if len(failures) > most:
             raise DataError(
                 f"the reward function {scorer.name} fails too often",
                 where=failures[0][0].prompt.source,
@@ -99,23 +114,30 @@ class Judge:
                 got=f"{len(failures)} of {len(rollouts)}; the first: {failures[0][1]}",
                 fix="try it by itself on a few rows: ft reward",
             )
-        return scores
-
-    def _part(
-        self, scorer: Scorer, worker: Worker, rollouts: Sequence[Rollout]
-    ) -> tuple[list[float | None], list[tuple[Rollout, str]]]:
-        scores, why = worker.call(scorer.name, arguments(scorer, rollouts))
-        if scores is not None:
-            return scores, []
-        if len(rollouts) == 1:
-            return [None], [(rollouts[0], why)]
-        alone = [self._part(scorer, worker, [rollout]) for rollout in rollouts]
-        return [s for part, _ in alone for s in part], [f for _, part in alone for f in part]
+        return found
 
     def close(self) -> None:
+        """End the workers, also while they score: those calls come back as failures."""
         for worker in self.pool:
-            worker.close()
-        self.threads.shutdown()
+            worker.closed = True
+            worker.kill()
+        self.threads.shutdown(cancel_futures=True)
+        for worker in self.pool:
+            worker.end()
+
+
+def _part(scorer: Scorer, worker: Worker, rollouts: Sequence[Rollout], most: float) -> list[Scored]:
+    """One worker's share. Where a call fails on several samples each is tried alone, until ``most`` have failed."""
+    reply = worker.call(scorer.name, arguments(scorer, rollouts))
+    if reply.scores is not None:
+        return [(math.nan if s is None else s, reply.wrong.get(i, "")) for i, s in enumerate(reply.scores)]
+    if len(rollouts) == 1:
+        return [(math.nan, reply.why)]
+    found: list[Scored] = []
+    for rollout in rollouts:
+        enough = sum(bool(why) for _, why in found) > most
+        found += [(math.nan, _UNTRIED)] if enough else _part(scorer, worker, [rollout], most)
+    return found
 
 
 def arguments(scorer: Scorer, rollouts: Sequence[Rollout]) -> dict[str, Any]:
@@ -123,87 +145,10 @@ def arguments(scorer: Scorer, rollouts: Sequence[Rollout]) -> dict[str, Any]:
     rows = [rollout.prompt.columns or {} for rollout in rollouts]
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {("prompts" if name == "prompt" else name): [row.get(name) for row in rows] for name in names}
+    texts = [rollout.text for rollout in rollouts]
     return {
         **columns,
-        "completions": [rollout.text for rollout in rollouts],
+        "completions": [[{"role": "assistant", "content": text}] for text in texts] if scorer.messages else texts,
         "completion_ids": [rollout.tokens_L.tolist() for rollout in rollouts],
         **scorer.options,
     }
-
-
-class Worker:
-    """A process that scores. It is started when first needed, and again after it crashed or was killed."""
-
-    def __init__(self, timeout: float):
-        self.timeout = timeout
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def call(self, name: str, arguments: Mapping[str, Any]) -> tuple[list[float | None] | None, str]:
-        """(scores, "") or (None, why not)."""
-        process = self._running()
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(json.dumps({"function": name, "arguments": arguments}, default=str).encode() + b"\n")
-            process.stdin.flush()
-            line = _read_line(process.stdout, self.timeout)
-        except BrokenPipeError:
-            line = b""
-        except TimeoutError:
-            self.close()
-            return None, f"no answer within {self.timeout:g} s; its process was killed"
-        if not line.endswith(b"\n"):
-            self.close()
-            return None, f"its process died ({_ended(process.returncode)})"
-        reply = json.loads(line)
-        return (reply["scores"], "") if "scores" in reply else (None, reply["error"])
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self.process is None or self.process.poll() is not None:
-            command = [sys.executable, "-m", "ft.rollout.worker", str(os.getpid())]
-            paths = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-                env={**os.environ, "PYTHONPATH": paths},
-            )  # fmt: skip
-        return self.process
-
-    def close(self) -> None:
-        """Kill the process and all that it started."""
-        if self.process is None:
-            return
-        process, self.process = self.process, None
-        with suppress(ProcessLookupError):  # it has ended already
-            os.killpg(process.pid, 9)
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
-
-
-def _read_line(pipe: IO[bytes], timeout: float) -> bytes:
-    """A line, or what came before the pipe was closed.
-
-    Raises:
-        TimeoutError: neither came in time.
-    """
-    deadline, found = time.monotonic() + timeout, b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        while not found.endswith(b"\n"):
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                raise TimeoutError
-            piece = os.read(pipe.fileno(), 1 << 20)
-            if not piece:
-                break
-            found += piece
-    return found
-
-
-def _ended(status: int | None) -> str:
-    return f"signal {-status}" if status is not None and status < 0 else f"status {status}"
-
-
-def scorer(function: Callable[..., Any], weight: float, options: Mapping[str, Any]) -> Scorer:
-    """Of a function that a recipe names."""
-    assert math.isfinite(weight)
-    return Scorer(name=name_of(function), weight=weight, options=dict(options))
