@@ -1,7 +1,8 @@
 """Recipe files: a Python file that ends in one name, ``recipe``, or the recipe.json that every run folder keeps.
 
-A recipe file is code and runs as code. A recipe.json names classes and functions of installed modules; it can name
-nothing but frozen attrs classes and plain functions, yet is worth no more trust than whoever wrote it.
+A recipe file is code and runs as code. A recipe.json names classes and functions of installed modules, and functions
+of recipe files, which then run too; it can name nothing but frozen attrs classes and plain functions, yet is worth no
+more trust than whoever wrote it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import attrs
 
 from ft.errors import FtError, MissingFileError, RecipeError
 from ft.recipe.parts import Recipe
-from ft.recipe.typed import build, hint, plain, reworded, unknown_field
+from ft.recipe.typed import RECIPE_MODULE, build, hint, plain, reworded, unknown_field
 
 
 def dump(recipe: Recipe) -> dict[str, Any]:
@@ -115,13 +116,25 @@ def _from_python(path: Path) -> Recipe:
     )
 
 
+def executed(path: Path) -> ModuleType:
+    """The file as the module it already became in this process; as a new one if it did not, or has changed since."""
+    known = _known.get(path.resolve())
+    return known[1] if known is not None and known[0] == path.read_bytes() else _execute(path)
+
+
+_known: dict[Path, tuple[bytes, ModuleType]] = {}
+
+
 def _execute(path: Path) -> ModuleType:
-    """The file as a fresh module, which stays in sys.modules so that its classes can resolve their types."""
-    module = ModuleType("ft_recipe_" + re.sub(r"\W", "_", path.stem))
+    """The file as a fresh module, which stays in sys.modules so that its classes can resolve their types.
+
+    Its functions stay those of the first module of the same text, so that a recipe read twice is equal.
+    """
+    module, source = ModuleType(RECIPE_MODULE + re.sub(r"\W", "_", path.stem)), path.read_bytes()
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+        exec(compile(source, str(path), "exec"), vars(module))
     except FtError:
         raise
     except SyntaxError as error:
@@ -131,6 +144,8 @@ def _execute(path: Path) -> ModuleType:
         ) from error
     except (Exception, SystemExit) as error:
         raise RecipeError(_explained(error, module), where=f"{path}:{_line(error, path)}") from error
+    if path.resolve() not in _known or _known[path.resolve()][0] != source:
+        _known[path.resolve()] = (source, module)
     return module
 
 

@@ -15,6 +15,7 @@ from ft.recipe.typed import classes, hints, is_callable, is_open, is_protocol, m
 _LEAVES = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", type(None): "null"}
 _BOUNDS = {">": "exclusiveMinimum", ">=": "minimum", "<": "exclusiveMaximum", "<=": "maximum"}
 _NAME = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+_FUNCTION = r"^([A-Za-z_][\w.]*|.+\.py):[A-Za-z_]\w*$"  # recipe files hold functions too
 
 
 def schema(recipe: Recipe | None = None) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def _member(tp: Any, defs: dict[str, Any], methods: Sequence[type], named: bool)
     if classes(tp):
         return _reference(tp, defs, methods, named)
     if is_callable(tp):
-        return {"type": "string", "pattern": _NAME}
+        return {"type": "string", "pattern": _FUNCTION}
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return _array(origin, args, defs, methods)
     if isinstance(origin, type) and issubclass(origin, Mapping):

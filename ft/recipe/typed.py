@@ -24,6 +24,7 @@ import attrs
 
 from ft.errors import RecipeError
 
+RECIPE_MODULE = "ft_recipe_"  # begins the names of the modules that recipe files become
 _NoneType = type(None)
 _WORDS: dict[Any, str] = {int: "int", float: "float", bool: "true or false", str: "text", Path: "path", Any: "anything"}
 
@@ -115,12 +116,29 @@ def unknown_field(cls: type, name: str) -> str:
 
 
 def name_of(thing: Any) -> str:
-    """ "pkg.mod:Name" of a class or function at the top of a module."""
+    """ "pkg.mod:Name" of a class or function at the top of a module, "path/x.py:name" of a function in a recipe."""
+    if _in_recipe(thing) and isinstance(thing, types.FunctionType):
+        return f"{_beside(thing.__code__.co_filename)}:{thing.__qualname__}"
     return f"{thing.__module__}:{thing.__qualname__}"
 
 
+def _in_recipe(thing: Any) -> bool:
+    return thing.__module__.startswith(RECIPE_MODULE)
+
+
+def _beside(file: str) -> str:
+    """The path from the current folder, where the file lies in it."""
+    path, here = Path(file).resolve(), Path.cwd()
+    return (path.relative_to(here) if path.is_relative_to(here) else path).as_posix()
+
+
 def find(name: str, path: str) -> Any:
-    """The class or function that ``name_of`` named; only what the module itself defines."""
+    """The class or function that ``name_of`` named; only what the module itself defines.
+
+    A recipe file is looked for from the current folder, and runs once more in a process that has not read it.
+    """
+    if in_file := re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)", name):
+        return _find_in_recipe(in_file[1], in_file[2], path)
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         wrong(path, 'a name as "package.module:Name"', name)
     module, attribute = name.split(":")
@@ -130,10 +148,25 @@ def find(name: str, path: str) -> Any:
         raise RecipeError(
             f"cannot find {name!r}: {error}",
             where=path,
-            fix="classes and functions named in a recipe live in a module that can be imported, outside recipe files",
+            fix="what a recipe names lives in a module that can be imported; functions may stand in the recipe file",
         ) from error
     if getattr(found, "__module__", None) != module:
         raise RecipeError(f"{name!r} is not defined in {module}", where=path)
+    return found
+
+
+def _find_in_recipe(file: str, attribute: str, path: str) -> Any:
+    from ft.recipe.files import executed
+
+    if not Path(file).is_file():
+        raise RecipeError(
+            f"cannot find {file}:{attribute}: there is no such file",
+            where=path,
+            fix="start from the folder that the run was started from, with the recipe file where it was",
+        )
+    found = getattr(executed(Path(file)), attribute, None)
+    if not isinstance(found, types.FunctionType) or name_of(found) != f"{_beside(file)}:{attribute}":
+        raise RecipeError(f"{file} defines no function {attribute!r}", where=path)
     return found
 
 
@@ -329,13 +362,15 @@ def _plain_class(value: Any, tp: Any, path: str) -> dict[str, Any]:
 def _importable(thing: Any, path: str) -> str:
     """The stored name; refuses what another process could not find again."""
     name = name_of(thing)
-    home = sys.modules.get(thing.__module__)
-    if getattr(home, thing.__qualname__, None) is not thing or thing.__module__.startswith("ft_recipe_"):
-        raise RecipeError(
-            f"{thing.__qualname__} is defined where no other process can import it",
-            where=path,
-            expected="a class or function at the top of a module that can be imported",
-            got=name,
-            fix="move it out of the recipe into a module beside it, and import it from there",
-        )
-    return name
+    if _in_recipe(thing) and isinstance(thing, types.FunctionType):
+        if thing.__qualname__.isidentifier():
+            return name
+    elif not _in_recipe(thing) and getattr(sys.modules.get(thing.__module__), thing.__qualname__, None) is thing:
+        return name
+    raise RecipeError(
+        f"{thing.__qualname__} is defined where no other process can import it",
+        where=path,
+        expected="a class or function at the top of a module that can be imported, or a function of the recipe file",
+        got=name,
+        fix="move it out of the recipe into a module beside it, and import it from there",
+    )
