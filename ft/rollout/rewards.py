@@ -28,10 +28,52 @@ def exact(completions: Sequence[str], answer: Sequence[Any], **columns: Any) -> 
 
 
 def math_verify(completions: Sequence[str], answer: Sequence[Any], **columns: Any) -> Scores:
-    """1 where the last formula of the completion equals the column ``answer``, as math-verify judges it; else 0."""
+    """1 where the last formula of the completion equals the column ``answer``, as math-verify judges it; else 0.
+
+    None where math-verify finds no formula in ``answer``. It stops itself after 5 seconds a formula, by an alarm,
+    which works in a main thread alone; workers have one.
+    """
     from math_verify import parse, verify
 
-    return [float(verify(parse(str(right)), parse(said))) for said, right in zip(completions, answer, strict=True)]
+    def score(said: str, right: Any) -> float | None:
+        expected = parse(f"${right}$") or parse(str(right))
+        return float(verify(expected, parse(said))) if expected else None
+
+    return [score(*row) for row in zip(completions, answer, strict=True)]
+
+
+def unit_tests(
+    completions: Sequence[str], tests: Sequence[Any], seconds: float = 5.0, share: bool = False, **columns: Any
+) -> Scores:
+    """1 where the last block of Python in a completion passes the column ``tests``; else 0, or the share it passes.
+
+    ``tests`` is a list of statements (``assert double(2) == 4``), or one text, which is one test. ``seconds`` are for
+    one completion; ``judging.timeout`` must have room for a worker's share of them. Read in ``ft.rollout.sandbox``
+    what the sandbox does and does not keep away.
+    """
+    from ft.rollout import sandbox
+
+    def score(said: str, asked: Any) -> float | None:
+        wanted = [asked] if isinstance(asked, str) else list(asked or ())
+        if not wanted:
+            return None
+        passed = sandbox.run(sandbox.code_of(said), wanted, seconds=seconds).passed / len(wanted)
+        return passed if share else float(passed == 1)
+
+    return [score(*row) for row in zip(completions, tests, strict=True)]
+
+
+def reward_model(
+    completions: Sequence[str], prompts: Sequence[Any], folder: str, batch: int = 8, max_tokens: int = 2048,
+    device: str = "cpu", **columns: Any,
+) -> Scores:  # fmt: skip
+    """The score of a reward model in ``folder``: one of ft's, whole or an adapter, or any that transformers loads.
+
+    Each worker holds a copy (``judging.workers``). Loading counts towards ``judging.timeout``.
+    """
+    from ft.rollout.scoring_model import scores
+
+    return list(scores(prompts, completions, folder, batch=batch, max_tokens=max_tokens, device=device))
 
 
 def matches(completions: Sequence[str], pattern: str, **columns: Any) -> Scores:
@@ -45,14 +87,14 @@ def short(completions: Sequence[str], completion_ids: Sequence[Sequence[int]], m
     return [min(1.0, max(0.0, 2 - len(ids) / most)) for ids in completion_ids]
 
 
-def _last(said: str) -> str:
-    """What stands in the last <answer>...</answer> of a completion; all of it where there is none."""
-    found = re.findall(r"<answer>(.*?)</answer>", said, re.DOTALL)
-    return found[-1] if found else said
-
-
 def last_number(completions: Sequence[str], answer: Sequence[Any], **columns: Any) -> Scores:
     """1 where the last number in the completion equals the column ``answer``; else 0."""
     found = [re.findall(r"-?\s?\d[\d,]*(?:\.\d+)?", said) for said in completions]
     said = [re.sub(r"[\s,]", "", numbers[-1]) if numbers else None for numbers in found]
     return [float(one is not None and float(one) == float(right)) for one, right in zip(said, answer, strict=True)]
+
+
+def _last(said: str) -> str:
+    """What stands in the last <answer>...</answer> of a completion; all of it where there is none."""
+    found = re.findall(r"<answer>(.*?)</answer>", said, re.DOTALL)
+    return found[-1] if found else said
