@@ -6,6 +6,7 @@ Models are tiny and real: the stand-in scores the canary with a second copy that
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import signal
@@ -24,7 +25,8 @@ from attrs import evolve
 from fake_vllm import Fake
 from tiny_models import build
 
-from ft import GRPO, VLLM, Data, Embedded, LoRA, Model, Recipe, Sampling, dist
+from ft import GRPO, VLLM, Batching, Data, Embedded, LoRA, Model, Recipe, Sampling, Save, dist
+from ft.data.tokenizer import byte_tokenizer
 from ft.dist import World
 from ft.errors import CapacityError, FtError, RecipeError
 from ft.io.adapter import load_adapter, save_adapter
@@ -36,8 +38,9 @@ from ft.rollout import canary
 from ft.rollout.client import Client, Malformed, Refused, Unreachable, in_parallel
 from ft.rollout.rewards import exact
 from ft.rollout.sent import Weights
-from ft.rollout.server import Launch, Server, arguments, interpreter, retried
+from ft.rollout.server import Launch, Server, arguments, environment, interpreter, retried
 from ft.rollout.vllm import VLLMSampler, sampling_options, seed_of
+from ft.train.loop import train
 from ft.types import Example
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
@@ -508,6 +511,82 @@ def test_nothing_is_left_of_it_when_its_parent_is_killed_while_it_generates(
     parent.stdout.close()
 
 
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+RANKS = """
+import json, sys
+from pathlib import Path
+from test_vllm import LORA, OPTIONS, Client, FtError, Weights, dist, loras, prompts, sampler, save_adapter
+from ft.models.build import build, plan_config
+from ft.recipe import Model, Parallel
+url, folder = sys.argv[1], Path(sys.argv[2])
+with dist.launched() as world:
+    model = Model(id="-", family="llama", dtype="float32", tiny=True)
+    built = build(model, LORA, plan_config(model, None, vocab=96), None, world=world, parallel=Parallel(), seed=0,
+                  say=lambda line: None)
+    net = built.policy.scorer.model
+    config = loras.adapter_config(built.attached, "base")
+    weights = Weights(adapter=True, gather=lambda: loras.adapter_state(net),
+                      write=lambda path, tensors: save_adapter(path, tensors, config))
+    made = sampler(world, folder, url=url, options={"canary": None, "patience": 0.1}, policy=built.policy,
+                   weights=weights)
+    made.sync(0)
+    groups = made.rollout(prompts(3), 2, 0)
+    said = [[r.tokens_L.tolist(), r.logp_L.tolist(), r.finish, r.policy_step] for group in groups for r in group]
+    made.client = Client(url="http://127.0.0.1:9")
+    try:
+        made.rollout(prompts(3), 2, 1)
+        failed = ""
+    except FtError as error:
+        failed = error.problem
+    (folder / f"rank{world.rank}.json").write_text(json.dumps({"said": said, "failed": failed}))
+"""
+
+
+def test_one_of_two_ranks_talks_and_both_know(fake: Fake, tmp_path: Path):
+    here = Path(__file__).parent
+    file = tmp_path / "ranks.py"
+    file.write_text(RANKS)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launcher, str(file), fake.url, str(tmp_path)], env=env, check=True, timeout=200)
+    first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1))
+    assert first["said"] == second["said"] and len(first["said"]) == 6
+    tokens, logps, finish, step = first["said"][0]
+    assert tokens[:3] == [5, 6, 7] and logps == [-1.0] * 5 and (finish, step) == ("stop", 0)
+    assert "cannot be reached" in first["failed"] and "first rank" in second["failed"]
+    assert len(fake.asked("/v1/load_lora_adapter")) == 1
+    assert len([body for body in fake.asked("/v1/completions") if body.get("n") == 2]) == 3
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_server_goes_away_ends_with_an_error_and_goes_on_with_resume(fake: Fake, tmp_path: Path):
+    model = tmp_path / "model"
+    build("llama", vocab_size=261).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Say {i}.", "answer": str(i)}) + "\n" for i in range(4)))
+    one = recipe(
+        model=Model(id=str(model), dtype="float32", checkpointing=False),
+        data=Data(train=str(rows), max_tokens=64, cache=None),
+        sampler=VLLM(url=fake.url, patience=0.3, canary=None),
+        batch=Batching(examples=2, tokens=512),
+        save=Save(dir=tmp_path / "run", every=1),
+        steps=3,
+    )
+    one = evolve(one, method=evolve(one.method, group=2))
+    fake.faults = ["ok"] * 6 + ["500"] * 99  # the canary's two texts, and two prompts of each of two steps
+    with pytest.raises(FtError, match=r"(?s)cannot be reached.*--resume"):
+        train(one)
+    assert (tmp_path / "run" / "step-000002").is_dir()
+    fake.faults.clear()
+    outcome = train(one, resume=True)
+    assert (outcome.ended, outcome.step) == ("done", 3)
+    assert not fake.adapters and not list((tmp_path / "run" / "sync").iterdir())
+
+
 # --- the recipe ------------------------------------------------------------------------------------------------------
 
 
@@ -532,6 +611,14 @@ def test_the_servers_arguments_follow_the_recipe():
     assert words[words.index("--logprobs-mode") + 1] == "processed_logprobs"
     assert words[words.index("--max-model-len") + 1] == "132"
     assert "--enable-lora" not in arguments(recipe(adapter=None), 132)
+
+
+def test_the_servers_environment_is_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    found = environment("sesame")
+    assert "RANK" not in found and found["VLLM_API_KEY"] == "sesame" and found["CUDA_VISIBLE_DEVICES"] == "0"
+    assert environment("sesame", "1")["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 def test_a_machine_without_vllm_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch):

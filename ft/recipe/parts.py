@@ -359,7 +359,9 @@ class VLLM:
     context: int | None = field(default=None, validator=validators.optional(_positive))
     """Most tokens of a prompt and its answer; None is data.max_tokens + method.sampling.max_tokens."""
     arguments: tuple[str, ...] = ()
-    """More arguments for a server that is started, as vLLM names them."""
+    """More arguments for a server that is started, as vLLM names them: "--gpu-memory-utilization", "0.4"."""
+    devices: str | None = None
+    """GPUs of a server that is started, as CUDA_VISIBLE_DEVICES numbers them; None leaves it those that ft sees."""
     concurrency: int = field(default=32, validator=_positive)
     """Prompts that are asked for at a time."""
     startup: float = field(default=600.0, validator=_positive)

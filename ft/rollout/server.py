@@ -41,6 +41,7 @@ class Launch:
     startup: float  # seconds
     timeout: float
     log: Path | None  # None: what it prints comes through
+    devices: str | None = None
 
     def command(self, model: Path, port: int) -> list[str]:
         head = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
@@ -57,6 +58,7 @@ def launch(recipe: Recipe, options: VLLM, model: Path, folder: Path) -> Launch:
         startup=options.startup,
         timeout=options.timeout,
         log=folder / "vllm.log",
+        devices=options.devices,
     )
 
 
@@ -102,7 +104,7 @@ def interpreter(options: VLLM) -> str:
     )  # fmt: skip
 
 
-def environment(token: str) -> dict[str, str]:
+def environment(token: str, devices: str | None = None) -> dict[str, str]:
     """The server's. The token goes here and not into arguments, which every user of the machine can read."""
     kept = {name: value for name, value in os.environ.items() if name not in _OURS}
     kept.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -110,7 +112,7 @@ def environment(token: str) -> dict[str, str]:
         "VLLM_API_KEY": token, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
-    return kept | fixed
+    return kept | fixed | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
 
 
 def free_port() -> int:
@@ -141,7 +143,7 @@ class Server:
         self.close()
         port = self.launch.port or free_port()
         command = self.launch.command(model or self.launch.model, port)
-        self.process = spawn(command, environment(self.token), self.launch.log)
+        self.process = spawn(command, environment(self.token, self.launch.devices), self.launch.log)
         client = Client(url=f"http://127.0.0.1:{port}", token=self.token, timeout=self.launch.timeout)
         try:
             self._wait(client)

@@ -1,0 +1,251 @@
+"""The vLLM sampler against a real vLLM. Skipped unless $FT_VLLM_PYTHON names a Python that has it.
+
+SmolLM2-135M-Instruct in float32, from $FT_MODELS or ./models. One server serves most tests; each start takes a minute
+or more, so that the whole takes about six. ``pytest -s`` shows what is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+from test_vllm import gone
+
+from ft import GRPO, VLLM, Data, LoRA, Model, Recipe, Sampling, Save, dist
+from ft.data.pack import collate
+from ft.data.tokenizer import load_tokenizer
+from ft.dist import World, copy_into, whole
+from ft.errors import FtError
+from ft.io.weights import resolve
+from ft.models.build import Built, build
+from ft.models.load import config_of
+from ft.models.policy import logprobs
+from ft.recipe import Parallel
+from ft.rollout.rewards import exact
+from ft.rollout.vllm import VLLMSampler
+from ft.train import optim
+from ft.train.online import sampler_of
+from ft.types import Example
+
+pytestmark = [
+    pytest.mark.skipif(not os.environ.get("FT_VLLM_PYTHON"), reason="FT_VLLM_PYTHON names no Python with vLLM"),
+    pytest.mark.timeout(900),
+]
+ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+QUESTIONS = ("What is 3 + 4?", "Name a colour.", "Say hello to Anna.", "Which is larger, 7 or 9?")
+
+
+def recipe(folder: Path, **over: Any) -> Recipe:
+    given: dict[str, Any] = {
+        "model": Model(id=ID, dtype="float32", checkpointing=False),
+        "adapter": LoRA(r=8, alpha=16.0, targets=("attention", "mlp")),
+        "data": Data(train="x.jsonl", max_tokens=128),
+        "method": GRPO(rewards=exact, sampling=Sampling(max_tokens=24)),
+        "sampler": VLLM(concurrency=4),
+        "save": Save(dir=folder),
+    }
+    return Recipe(**{**given, **over})
+
+
+def made(recipe: Recipe, world: World, said: list[str]) -> tuple[VLLMSampler, Built, Any]:
+    source = resolve(ID, None)
+    tokenizer, config = load_tokenizer(source.path), config_of(source.path)
+    built = build(
+        recipe.model, recipe.adapter, config, source, world=world, parallel=Parallel(), seed=0, say=said.append
+    )
+    found = sampler_of(recipe, built, world, tokenizer, source, said.append)
+    assert isinstance(found, VLLMSampler)
+    return found, built, tokenizer
+
+
+class Stand:
+    """A sampler with a server of ours, its policy, and what it said."""
+
+    def __init__(self, world: World, folder: Path, **over: Any):
+        torch.set_num_threads(1)
+        self.said: list[str] = []
+        self.world = world
+        self.sampler, self.built, tokenizer = made(recipe(folder, **over), world, self.said)
+        texts = [
+            tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
+            for q in QUESTIONS
+        ]
+        tokens = [np.array(tokenizer.encode(text, add_special_tokens=False), np.int32) for text in texts]
+        self.prompts = [Example(tokens_L=t, mask_L=np.zeros(len(t), bool), source=str(i)) for i, t in enumerate(tokens)]
+        self.step = 0
+
+    @torch.no_grad()
+    def move(self, by: float = 0.02) -> None:
+        """Change all that is trained; of adapters, the first time makes the second factors other than zero."""
+        self.step += 1
+        generator = torch.Generator().manual_seed(self.step)
+        for parameter in optim.trained(self.built.policy.scorer.model).values():
+            copy_into(parameter, whole(parameter) + by * torch.randn(parameter.shape, generator=generator))
+
+    def gap(self, sampling: Sampling) -> tuple[float, float, int]:
+        """Mismatch KL, largest |log ratio| and tokens of fresh answers: the trainer's against the sampler's."""
+        self.sampler.sampling = sampling
+        groups = self.sampler.rollout(self.prompts, 4, self.step)
+        rollouts = [rollout for group in groups for rollout in group]
+        examples, said = [], []
+        for r in rollouts:
+            assert r.logp_L is not None
+            whole = np.concatenate([r.prompt.tokens_L, r.tokens_L])
+            examples.append(Example(tokens_L=whole, mask_L=np.arange(len(whole)) >= len(r.prompt.tokens_L)))
+            said.append(r.logp_L.astype(np.float64))
+        batch = collate(examples)
+        with torch.no_grad():
+            ours_T = logprobs(self.built.policy, batch, temperature=sampling.temperature).logp_T
+        gap_N = ours_T[batch.trained_N].double().numpy() - np.concatenate(said)
+        return float(np.mean(np.expm1(gap_N) - gap_N)), float(np.abs(gap_N).max()), len(gap_N)
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    with dist.launched() as world:
+        stand = Stand(world, tmp_path_factory.mktemp("run"))
+        try:
+            yield stand
+        finally:
+            stand.sampler.close()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("moved", [False, True])
+def test_importance_ratios_are_one(stand: Stand, temperature: float, moved: bool):
+    if moved:
+        stand.move()
+    stand.sampler.sync(stand.step)
+    kl, largest, tokens = stand.gap(Sampling(max_tokens=24, temperature=temperature))
+    verdict = stand.sampler.mismatch
+    assert verdict is not None
+    seen = f"KL {kl:.2g}, largest |log ratio| {largest:.2g}, {tokens} tokens, canary {verdict.divergence:.2g}"
+    print(f"\ntemperature {temperature}, moved {moved}: {seen}")
+    assert tokens > 100 and kl < 1e-7 and largest < 5e-3 and verdict.divergence < 1e-7
+
+
+def test_the_servers_log_probs_have_the_temperature_in_them(stand: Stand):
+    stand.sampler.sync(stand.step)
+    stand.sampler.sampling = Sampling(max_tokens=4, temperature=0.6)
+    stand.sampler._check_temperature()
+
+
+def test_answers_are_a_function_of_the_seed(stand: Stand):
+    stand.sampler.sync(stand.step)
+    stand.sampler.sampling = Sampling(max_tokens=8)
+    first, second, other = (stand.sampler.rollout(stand.prompts, 2, step) for step in (7, 7, 8))
+    same = [a.tokens_L.tolist() == b.tokens_L.tolist() for x, y in zip(first, second, strict=True)
+            for a, b in zip(x, y, strict=True)]  # fmt: skip
+    assert all(same)
+    assert any(a[0].tokens_L.tolist() != b[0].tokens_L.tolist() for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("by", [0.02, 0.0005])
+def test_a_stale_adapter_trips_the_canary(stand: Stand, by: float):
+    stand.move()
+    stand.sampler.sync(stand.step)
+    right, before = stand.sampler.weights, stand.sampler.weights.gather()
+    stand.move(by)
+    stand.sampler.weights = evolve(right, write=lambda folder, tensors: right.write(folder, before))
+    try:
+        with pytest.raises(FtError, match="still answers with the weights before these"):
+            stand.sampler.sync(stand.step)
+    finally:
+        stand.sampler.weights = right
+    print(f"\nstale by {by}: {stand.sampler.mismatch}")
+
+
+def test_an_adapter_under_other_names_trips_the_canary_or_is_refused(stand: Stand):
+    stand.move()
+    right = stand.sampler.weights
+
+    def renamed(folder: Path, tensors: Any) -> None:
+        right.write(
+            folder, {name.replace("model.layers", "model.language_model.layers"): t for name, t in tensors.items()}
+        )
+
+    stand.sampler.weights = evolve(right, write=renamed)
+    try:
+        with pytest.raises(FtError) as caught:
+            stand.sampler.sync(stand.step)
+    finally:
+        stand.sampler.weights = right
+    print(f"\nother names: {caught.value}")
+    stand.sampler.sync(stand.step)
+
+
+def processes(leader: int) -> list[int]:
+    """Those of its group: the launcher, the server, its engine and its workers."""
+    found = subprocess.run(["ps", "-eo", "pid=,pgid="], capture_output=True, text=True, check=True).stdout.split("\n")
+    return [int(line.split()[0]) for line in found if line.split()[1:] == [str(leader)]]
+
+
+def test_a_killed_engine_is_noticed_and_the_rollout_goes_on(stand: Stand):
+    stand.sampler.sampling = Sampling(max_tokens=8)
+    stand.sampler.sync(stand.step)
+    server = stand.sampler.server
+    assert server is not None and server.process is not None
+    before = processes(server.process.pid)
+    names = {n: Path(f"/proc/{n}/cmdline").read_bytes().replace(b"\0", b" ") for n in before}
+    (engine,) = [n for n, name in names.items() if name.startswith(b"VLLM::EngineCore")]
+    os.kill(engine, signal.SIGKILL)
+    began = time.monotonic()
+    groups = stand.sampler.rollout(stand.prompts, 2, stand.step)
+    print(f"\nrestarted and answered in {time.monotonic() - began:.0f} s: {stand.said[-1]}")
+    assert [len(group) for group in groups] == [2] * len(stand.prompts)
+    assert "started again" in stand.said[-1] and gone(before)
+    kl, largest, _ = stand.gap(Sampling(max_tokens=24))
+    assert kl < 1e-7 and largest < 5e-3  # with the adapter that it had before
+
+
+PARENT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_vllm_real import Stand, dist
+with dist.launched() as world:
+    stand = Stand(world, Path(sys.argv[1]))
+    stand.sampler.sync(0)
+    print(stand.sampler.server.process.pid, flush=True)
+    stand.sampler.rollout(stand.prompts, 64, 0)
+"""
+
+
+def test_nothing_is_left_when_the_parent_is_killed(stand: Stand, tmp_path: Path):
+    stand.sampler.close()
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), str(here)], stdout=subprocess.PIPE, env=env)
+    assert parent.stdout is not None
+    leader = next(int(line) for line in parent.stdout if line.strip().isdigit())
+    time.sleep(1)  # into the generation
+    left = processes(leader)
+    assert len(left) >= 3
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert gone(left)
+
+
+def test_a_whole_model_is_sent_by_starting_the_server_on_it(stand: Stand, tmp_path: Path):
+    stand.sampler.close()
+    full = Stand(stand.world, tmp_path, adapter=None)
+    try:
+        for by in (0.002, 0.002):
+            full.move(by)
+            full.sampler.sync(full.step)
+            kl, largest, tokens = full.gap(Sampling(max_tokens=24))
+            print(f"\nwhole model, step {full.step}: KL {kl:.2g}, largest |log ratio| {largest:.2g}, {tokens} tokens")
+            assert kl < 1e-7 and largest < 5e-3
+    finally:
+        full.sampler.close()
