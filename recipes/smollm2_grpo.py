@@ -1,7 +1,7 @@
-"""GRPO of SmolLM2-135M-Instruct with LoRA: sums, rewarded where the last number is right and the answer is short."""
+"""GRPO of SmolLM2-135M-Instruct with LoRA: sums of two digits, rewarded where the last number said is right."""
 
-from ft import GRPO, AdamW, Batching, Constant, Data, Eval, LoRA, Model, Recipe, RewardFunction, Sampling, Save
-from ft.rollout.rewards import last_number, short
+from ft import GRPO, AdamW, Batching, Constant, Data, Eval, LoRA, Model, Recipe, Sampling, Save
+from ft.rollout.rewards import last_number
 
 recipe = Recipe(
     model=Model(id="HuggingFaceTB/SmolLM2-135M-Instruct", family="llama", dtype="float32", checkpointing=False),
@@ -12,14 +12,14 @@ recipe = Recipe(
         max_tokens=256,
     ),
     method=GRPO(
-        rewards=(last_number, RewardFunction(function=short, weight=0.1, options={"most": 8})),
+        rewards=last_number,
         group=8,
-        sampling=Sampling(max_tokens=32, temperature=1.0),
+        sampling=Sampling(max_tokens=24, temperature=1.0),
     ),
-    optim=AdamW(lr=2e-4),
+    optim=AdamW(lr=1e-4),
     schedule=Constant(warmup=3.0),
     batch=Batching(examples=8, tokens=4096),
-    eval=Eval(every=25),
-    save=Save(every=25),
-    steps=100,
+    eval=Eval(every=20),
+    save=Save(every=20),
+    steps=80,
 )

@@ -87,10 +87,14 @@ def steps(seed: int) -> Iterator[dict[str, Any]]:
 
 
 def tasks(seed: int) -> Iterator[dict[str, Any]]:
-    """Sums to be answered, with what reasoning-gym scores an answer by."""
+    """Sums of two digits to be answered, each once, with what reasoning-gym scores an answer by."""
     import reasoning_gym  # pyright: ignore[reportMissingImports]
 
-    for item in reasoning_gym.create_dataset("chain_sum", size=4096, seed=seed, **TASKS["chain_sum"]):
+    small, seen = {**TASKS["chain_sum"], "max_digits": 1}, set[str]()
+    for item in reasoning_gym.create_dataset("chain_sum", size=4096, seed=seed, **small):
+        if item["question"] in seen:
+            continue
+        seen.add(item["question"])
         entry = {"question": item["question"], "answer": str(item["answer"]), "metadata": item["metadata"]}
         user = {"role": "user", "content": item["question"].strip() + ASK}
         yield {"prompt": [user], "answer": str(item["answer"]), "dataset": "chain_sum", "entry": entry}
