@@ -203,6 +203,8 @@ class Context:
     judge: Judge | None = None
     note: Callable[[Mapping[str, float]], None] = lambda numbers: None
     """Takes numbers of a step's examples, to be logged beside the loss's."""
+    show: Callable[[int, Sequence[Rollout]], None] = lambda step, rollouts: None
+    """Takes the scored answers of a step, to be kept and shown."""
     say: Callable[[str], None] = lambda line: None
     """Tells the user something."""
     score: Score | None = None

@@ -90,6 +90,7 @@ def drawn(batch: int, step: int, ctx: Context, n: int, *, again: int = 0, shape:
         more = shape(_scored(batch, step, ctx, n, turn, timed))
         every, good = [*every, *more], [*good, *(group for group in more if varied(group))]
     ctx.note({**facts(every, step=step), **timed})
+    ctx.show(step, [rollout for group in every for rollout in group])
     if not again:
         return found
     kept = good[: len(found)]

@@ -7,6 +7,7 @@ functions, never stored; no class edits another. Every number that is a size is 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -272,6 +273,8 @@ class Log:
     """Trackers besides metrics.jsonl; one that fails is dropped with a warning, and the run goes on."""
     project: str = "ft"
     """Project name for trackers."""
+    rollouts: int = field(default=8, validator=_natural)
+    """Answers of each step to keep in rollouts.jsonl, best to worst; two are shown on log lines. 0: none."""
     patience: int = field(default=3, validator=_positive)
     """Steps in a row with a non-finite loss or gradient before the run stops."""
 
@@ -385,6 +388,9 @@ class Judging:
     """Seconds that a call of a reward function may take before its process is killed."""
     failures: float = field(default=0.2, validator=_share)
     """Largest share of a step's answers that a reward function may fail on before the run stops."""
+    hook: Callable[..., Any] | None = None
+    """Called on the first rank with each step's number and its scored answers (a list of ft.types.Rollout): a function
+    at the top of a module or of the recipe. One that raises is dropped with a warning."""
 
 
 @frozen(kw_only=True)

@@ -84,6 +84,10 @@ class Log:
         self.event("notice", text=text)
         self._say(text)
 
+    def show(self, text: str) -> None:
+        """Something for the console alone."""
+        self._say(text)
+
     def finish(self, outcome: str = "done") -> None:
         """The last line; waits a little for slow trackers."""
         self.event("finish", outcome=outcome, step=self.last)

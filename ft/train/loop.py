@@ -82,11 +82,13 @@ def train(recipe: Recipe, *, resume: bool = False) -> Outcome:
         world = stack.enter_context(dist.launched(replicate=parallel.replicate, timeout=parallel.timeout))
         run = setup.session(recipe, world, log, tokenizer, config, source, rows, held_out, second)
         stack.callback(run.close)
+        stack.callback(run.record.close)
         saved = keep.find(folder, world, log.notice) if resume else None
         progress = keep.restore(run, saved) if saved else Progress()
         if rank == 0 and not saved:
             checkpoint.preflight(folder, keep.room(run))
         log.start(setup.facts(run, rows), total=run.steps, step=progress.step, sinks=trackers)
+        run.record.begin(progress.step)
         ended = fit(run, progress, stop)
         if ended != "stopped" and world.first:
             log.notice(f"final weights: {keep.export(run, progress, tokenizer)}")
@@ -106,6 +108,7 @@ class Done:
     bad: Tensor  # 0-d bool: the step was skipped on every rank
     lr: float
     plan: step.Plan
+    waited: float  # seconds until the method had its examples
 
 
 @define(kw_only=True, eq=False)
@@ -151,7 +154,9 @@ def one_step(run: Session, now: int) -> Done:
     """Examples to optimizer step. Everything it returns stays on the device."""
     recipe, world = run.recipe, run.world
     state.seed_step(recipe.seed, now, world.rank)
+    began = time.perf_counter()
     examples = recipe.method.examples(now, run.context)
+    waited = time.perf_counter() - began
     plan = step.plan(examples, recipe.method, run.policy, world, tokens=recipe.batch.tokens)
     shares = step.run(plan, recipe.method, run.policy, world, backward=True)
     out = step.reduce(shares, world)
@@ -164,7 +169,7 @@ def one_step(run: Session, now: int) -> Done:
     optim.set_lr(run.optimizer, lr)
     optim.clip(parameters, norm, recipe.optim.clip)
     optim.update(run.optimizer, bad | (norm == 0))  # where nothing was learnt, moments move nothing
-    return Done(step=now, out=out, norm=norm, bad=bad, lr=lr, plan=plan)
+    return Done(step=now, out=out, norm=norm, bad=bad, lr=lr, plan=plan, waited=waited)
 
 
 def publish(run: Session, progress: Progress, window: Window, stop: Stop) -> bool:
@@ -196,7 +201,13 @@ def publish(run: Session, progress: Progress, window: Window, stop: Stop) -> boo
         "step_s": seconds / len(window.done),
         "bad_steps": float(len(bad)),
     }
+    if "reward" in numbers:  # generating and scoring are told by the method
+        numbers["train_s"] = numbers["step_s"] - sum(d.waited for d in window.done) / len(window.done)
     run.log.step(progress.step, numbers)
+    if samples := run.record.samples():
+        run.log.show(samples)
+    for alarm in run.health.look(progress.step, numbers):
+        run.log.notice(f"step {progress.step}: {alarm}")
     return stopping
 
 

@@ -13,6 +13,8 @@ from ft.dist import World
 from ft.models.build import Built
 from ft.models.policy import Policy
 from ft.recipe import Recipe
+from ft.rollout.health import Health
+from ft.rollout.record import Record
 from ft.train.guard import GradientCheck, Watch
 from ft.train.log import Log
 from ft.train.notes import Notes
@@ -36,6 +38,8 @@ class Session:
     watch: Watch
     gradients: GradientCheck
     notes: Notes
+    record: Record  # of answers, for methods that sample them
+    health: Health
     close: Callable[[], None]  # ends what the run started: workers, servers
 
     @property

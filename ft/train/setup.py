@@ -20,6 +20,8 @@ from ft.models import memory, quant
 from ft.models.build import Built, build, plan_config
 from ft.models.reference import Second
 from ft.recipe import Recipe, run_folder, total_steps
+from ft.rollout.health import Health
+from ft.rollout.record import Record
 from ft.train import known, online, optim, reference
 from ft.train.guard import GradientCheck, Watch
 from ft.train.log import Log
@@ -175,9 +177,14 @@ def session(
     if kept is not None and second is None:
         kept = known.by_policy(kept, built.policy, recipe, world, log.notice)
     built = evolve(built, policy=reference.attach(built.policy, recipe, second, world, log.notice))
+    record = Record(
+        folder=run_folder(recipe), most=recipe.log.rollouts, first=world.first, notice=log.notice,
+        hook=recipe.judging.hook,
+    )  # fmt: skip
     notes, started = Notes(), online.start(recipe, built, world, tokenizer, folder, log.notice)
     context = evolve(
         context, sampler=started.sampler, judge=started.judge, note=notes.add, say=log.notice,
+        show=record.add,
         score=partial(score, policy=built.policy, world=world, tokens=batch.tokens),
     )  # fmt: skip
     parameters = optim.trained(built.policy.scorer.model)
@@ -196,5 +203,7 @@ def session(
         watch=Watch(folder=place / "bad_batches", patience=recipe.log.patience, world=world),
         gradients=GradientCheck(parameters),
         notes=notes,
+        record=record,
+        health=Health(),
         close=started.close,
     )
