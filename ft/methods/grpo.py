@@ -175,7 +175,8 @@ class GRPO:
     def loss(self, logprobs: LogProbs, batch: Batch, counts: Counts) -> LossOutput:
         assert logprobs.entropy_T is not None
         logp_T = logprobs.logp_T
-        adv_T = batch.adv_T if batch.adv_T is not None else logp_T.detach() * 0
+        batch = rollouts.filled(batch, logp_T, keep=self.top_entropy < 1)
+        adv_T = batch.adv_T
         aggregate = self.aggregate or self.objective.aggregates[0]
         out = self.objective.loss(
             logp_T,

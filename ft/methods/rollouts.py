@@ -181,6 +181,14 @@ def old_logps(logp_T: Tensor, batch: Batch, old: str) -> Tensor | None:
     return torch.where(batch.sampled_logp_T.isnan(), logp_T.detach(), batch.sampled_logp_T)
 
 
+def filled(batch: Batch, logp_T: Tensor, *, keep: bool) -> Batch:
+    """An idle rank's filler with the streams of the others' batches, so that all ranks have the same numbers to add."""
+    if batch.lengths:
+        return batch
+    zeros_T = logp_T.detach() * 0
+    return evolve(batch, adv_T=zeros_T, sampled_logp_T=zeros_T, keep_T=zeros_T if keep else None)
+
+
 # Importance -----------------------------------------------------------------------------------------------------------
 
 
