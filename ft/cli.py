@@ -142,6 +142,56 @@ def check(recipe: RecipeFile, overrides: Overrides = None, tiny: Tiny = False) -
     raise typer.Exit(0 if passes(resolved, _console()) else 2)
 
 
+@app.command("eval", context_settings=_OVERRIDES)
+def evaluate(
+    recipe: RecipeFile,
+    words: Annotated[
+        list[str] | None, typer.Argument(help="A file of prompts, and overrides.", metavar="[TASK] [NAME=VALUE]")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="An adapter, or a run folder, whose final weights are taken; none: the base.")
+    ] = None,
+    sampled: Annotated[int, typer.Option(help="Draw so many answers to each prompt; 0: the likeliest.", min=0)] = 0,
+    tiny: Tiny = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Rewards of a model's answers: of TASK's prompts, or of the recipe's data.eval."""
+    from ft.commands.evaluate import evaluate as measure
+    from ft.commands.recipes import resolve
+
+    files = [word for word in words or [] if "=" not in word and not word.startswith("-")]
+    options = ("--adapter", "--sampled", "--tiny", "--json", "--help")
+    resolved = resolve(recipe, [w for w in words or [] if w not in files], tiny=tiny, options=options)
+    measure(resolved, files, adapter=adapter, sampled=sampled, as_json=as_json)
+
+
+@app.command(context_settings=_OVERRIDES)
+def reward(
+    recipe: RecipeFile,
+    on: Annotated[Path, typer.Option(help="Rows with a column `completion`, and what their prompts' rows have.")],
+    overrides: Overrides = None,
+) -> None:
+    """Try a recipe's reward functions by themselves. Exit status 2: one failed."""
+    from ft.commands.recipes import resolve
+    from ft.commands.reward import reward as score
+
+    raise typer.Exit(0 if score(resolve(recipe, overrides or [], options=("--on", "--help")), on, _console()) else 2)
+
+
+@app.command()
+def rollouts(
+    folder: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
+    step: Annotated[int | None, typer.Option(help="Of this step; the last one by default.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Of all steps, those with the highest rewards.")] = False,
+    worst: Annotated[bool, typer.Option("--worst", help="Of all steps, those with the lowest rewards.")] = False,
+    most: Annotated[int, typer.Option("-n", help="How many.", min=1)] = 10,
+) -> None:
+    """Show the scored answers that a run has kept."""
+    from ft.commands.rollouts import show
+
+    show(folder, _console(), step=step, best=best, worst=worst, most=most)
+
+
 @app.command(context_settings=_OVERRIDES)
 def serve(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Start the vLLM server that a recipe samples from, in the foreground, for runs given sampler.url."""

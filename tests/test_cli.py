@@ -110,7 +110,7 @@ def test_reading_recipes_imports_nothing_heavy(code: str):
 def test_help_lists_the_commands(ft: Callable[..., SimpleNamespace]):
     found = ft("--help")
     names = [line.split()[0] for line in found.out.partition("Commands:\n")[2].splitlines() if line]
-    assert found.status == 0 and names == ["run", "show", "schema", "inspect", "check", "serve", "bench"]
+    assert found.status == 0 and names == [*"run show schema inspect check eval reward rollouts serve bench".split()]
 
 
 def test_show_marks_what_differs_and_documents_all(ft: Callable[..., SimpleNamespace]):

@@ -76,7 +76,7 @@ class Judge:
         Raises:
             DataError: more calls failed than may; on every rank.
         """
-        named = [evolve(rollout, text=self.decode(rollout.tokens_L.tolist())) for rollout in rollouts]
+        named = [r if r.text else evolve(r, text=self.decode(r.tokens_L.tolist())) for r in rollouts]
         table, failure = np.zeros((len(self.scorers), len(named))), None
         if self.world.first:
             try:
