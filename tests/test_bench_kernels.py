@@ -16,6 +16,7 @@ import torch
 from attrs import evolve
 from rich.console import Console
 
+from ft import cli
 from ft.commands import bench
 from ft.commands.bench import Options
 from ft.commands.kernels import contest, experts, logprobs, measure, nf4, reductions, roofline, routing, tables
@@ -107,11 +108,12 @@ def test_the_table_and_the_lines_hold_what_was_measured(tmp_path: Path, monkeypa
     ft, peer, limit = (json.loads(line) for line in (tmp_path / "k.jsonl").read_text().splitlines())
     assert (ft["op"], ft["case"], ft["dtype"], ft["contender"]) == ("toy", "ones", "float32", "ft")
     assert ft["seconds"] == pytest.approx(0.003) and ft["least"] == 0.002 and ft["rounds"] == 2 and ft["x_ft"] == 1.0
-    assert peer["x_ft"] == pytest.approx(2.0) and limit["x_ft"] == pytest.approx(0.5) and limit["extra"] is None
+    # of equal rounds: 6/2 and 6/4, 1.5/2 and 1.5/4
+    assert peer["x_ft"] == pytest.approx(2.25) and limit["x_ft"] == pytest.approx(0.5625) and limit["extra"] is None
     assert ft["bytes"] == 1000 and ft["flops"] == 0 and ft["device"] and ft["commit"] is None
     rows = [line.split() for line in text.splitlines()]
     assert ["ones,", "float32", "ft", "3", "ms", "0.00", "GB/s", "0", "B", "1.00"] in rows
-    assert ["peer", "6", "ms", "0.00", "GB/s", "0", "B", "2.00"] in rows
+    assert ["peer", "6", "ms", "0.00", "GB/s", "0", "B", "2.25"] in rows
 
 
 def test_a_checkout_keeps_results_by_itself(tmp_path: Path):
@@ -225,9 +227,9 @@ def test_the_definition_of_nf4_is_what_dequantise_gives():
 
 
 def test_the_smallest_shipped_case_of_each_op_runs():
-    chosen = [min(bench.specs([op], ""), key=lambda s: s.cost(torch.float32).bytes) for op in bench.OPS[1:]]
+    chosen = [min(bench.specs([op], ""), key=lambda s: s.cost(torch.float32).bytes) for op in bench.OPS]
     right, text = run(chosen, rounds=1)
-    assert right and all(f"\n{op} " in text for op in bench.OPS[1:])
+    assert right and all(f"\n{op} " in text for op in bench.OPS)
 
 
 def test_costs_by_hand():
@@ -262,14 +264,25 @@ def test_unknown_types_and_folders_are_told(tmp_path: Path):
         bench.run(["routing"], Options(file=tmp_path / "none" / "k.jsonl"), None, console)
 
 
-def test_the_command_line(tmp_path: Path):
-    def ft(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "ft", "bench", "kernels", *words], capture_output=True, text=True)
+def test_a_wrong_kernel_is_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    wrong = spec("bad", runs={"ft": partial(ones, 2.0)})
+    monkeypatch.setattr(bench, "specs", lambda ops, case: [wrong])
+    monkeypatch.setattr(sys, "argv", ["ft", "bench", "kernels", "--no-compile"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1 and "ft differs from the number one" in capsys.readouterr().out
 
-    done = ft("routing", "--case", "qwen", "--rounds", "1", "--threads", "1", "--no-compile", "--json",
-              str(tmp_path / "k.jsonl"))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "" and "plain torch" in done.stdout
+
+def test_the_command_line_says_nothing_on_stderr(tmp_path: Path):
+    words = "routing --case qwen --rounds 1 --threads 1 --no-compile --json".split()
+    command = [sys.executable, "-m", "ft", "bench", "kernels", *words, str(tmp_path / "k.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "plain torch" in done.stdout
     assert len((tmp_path / "k.jsonl").read_text().splitlines()) == 2
-    refused = ft("nf5")
-    assert refused.returncode == 2 and "got: nf5" in refused.stderr
+
+
+def test_unknown_names_are_status_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", ["ft", "bench", "kernels", "nf5"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and "got: nf5" in capsys.readouterr().err

@@ -79,6 +79,7 @@ def bench(chosen: Sequence[Spec], options: Options, console: Console) -> bool:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtypes = dtypes_of(options, device)
     console.print(f"{measure.device()}, {torch.get_num_threads()} threads, torch {torch.__version__}", highlight=False)
+    console.print("x ft: time over ft's. limit: dense products of the same FLOPs. Rates count the least work.")
     for name in ("bitsandbytes", "torch._dynamo"):  # remarks on what is not installed, and on graph breaks
         logging.getLogger(name).setLevel(logging.CRITICAL)
     all_right = True
@@ -173,7 +174,7 @@ def lines(
             "seconds": median(times[name]),
             "least": min(times[name]),
             "rounds": len(times[name]),
-            "x_ft": median(times[name]) / median(times[FT]),
+            "x_ft": median(own / ours for own, ours in zip(times[name], times[FT], strict=False)),  # of equal rounds
             "extra": None if name == "limit" else measure.extra_memory(run),
             "bytes": cost.bytes,
             "flops": cost.flops,
