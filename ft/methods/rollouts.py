@@ -224,7 +224,7 @@ def mismatch(logprobs: LogProbs, batch: Batch, counts: Counts) -> dict[str, Tens
         ours_T = logprobs.logp_T.detach() if batch.old_logp_T is None else batch.old_logp_T
         known_T = batch.mask_T & ~batch.sampled_logp_T.isnan()
         gap_T = torch.where(known_T, ours_T - batch.sampled_logp_T, 0.0).clamp(-20, 20)
-        sums["mismatch_kl"] = share((gap_T.exp() - 1 - gap_T).sum(), counts.tokens)
+        sums["mismatch_kl"] = share((gap_T.expm1() - gap_T).sum(), counts.tokens)
     return sums
 
 
