@@ -27,6 +27,7 @@ bench: .venv/.bench models  ## everything in bench/, side by side with peers
 	$(BIN)/python bench/nf4.py
 	$(BIN)/python bench/experts.py
 	$(BIN)/python bench/qlora.py
+	$(BIN)/ft bench kernels
 	$(BIN)/python bench/sft.py --model $(FT_MODELS)/$(SMOLLM2)
 	$(BIN)/python bench/dpo.py --model $(FT_MODELS)/$(SMOLLM2)
 
