@@ -120,9 +120,9 @@ def continue_all(
         left = int((~done_B).sum())
         if written == L or not _anyone(left > 0 and not idle, world):
             return _cut(token_BL[:, :written], logp_BL, ends)
-        if 0 < left < len(done_B) and state.can_shrink:
+        if 0 < left < len(done_B):
             going = (~done_B).nonzero()[:, 0]
-            state.cache.batch_select_indices(going)
+            state.cache.reorder_cache(going)
             row_B, done_B, token_B, mask_BW = row_B[going], done_B[going], token_B[going], mask_BW[going]
         mask_BW = torch.cat([mask_BW, mask_BW.new_ones(len(mask_BW), 1)], 1)
         state = _decode(model, token_B, mask_BW, state)
@@ -132,33 +132,22 @@ def continue_all(
 class _State:
     cache: Any
     logits_BV: Tensor
-    can_shrink: bool  # finished rows can be taken out of the cache
 
 
 def _prefill(model: Any, ids_PW: Tensor, mask_PW: Tensor, n: int) -> _State:
-    """Each prompt once where the cache can be repeated, else once for each answer."""
+    """Each prompt once, and its cache once for each answer.
+
+    Reordering is the one choice of rows that the caches of every kind of layer know, linear attention's too.
+    """
     from transformers import DynamicCache
 
-    def forward(ids: Tensor, mask: Tensor) -> Any:
-        position = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=model.config)
-        return model(
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-
-    out = forward(ids_PW, mask_PW)
-    layers = out.past_key_values.layers
-    flexible = all(
-        hasattr(layer, "batch_repeat_interleave") and hasattr(layer, "batch_select_indices") for layer in layers
-    )
-    if flexible:
-        out.past_key_values.batch_repeat_interleave(n)
-        logits_BV = out.logits[:, -1].repeat_interleave(n, 0)
-    else:
-        out = forward(ids_PW.repeat_interleave(n, 0), mask_PW.repeat_interleave(n, 0))
-        logits_BV = out.logits[:, -1]
-    return _State(out.past_key_values, logits_BV, flexible)
+    out = model(
+        input_ids=ids_PW, attention_mask=mask_PW, position_ids=(mask_PW.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1,
+    )  # fmt: skip
+    row_B = torch.arange(len(ids_PW), device=ids_PW.device).repeat_interleave(n)
+    out.past_key_values.reorder_cache(row_B)
+    return _State(out.past_key_values, out.logits[:, -1][row_B])
 
 
 def _decode(model: Any, token_B: Tensor, mask_BW: Tensor, state: _State) -> _State:
@@ -170,7 +159,7 @@ def _decode(model: Any, token_B: Tensor, mask_BW: Tensor, state: _State) -> _Sta
         use_cache=True,
         logits_to_keep=1,
     )
-    return _State(out.past_key_values, out.logits[:, -1], state.can_shrink)
+    return _State(out.past_key_values, out.logits[:, -1])
 
 
 def _padded(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
