@@ -138,7 +138,7 @@ def policy_pairs(c: policy.Case) -> list[Pair]:
         ("cispo", ours(cispo, cap=1.2), {"TRL": trl(loss_type="cispo", epsilon_high=1.2),
                                          "Liger": liger(loss_type="cispo", epsilon_high=1.2)}),
         ("sapo", ours(sapo), {"TRL": trl(loss_type="sapo"), "Liger": liger(loss_type="sapo")}),
-        ("vespo", ours(vespo), {"TRL": trl(loss_type="vespo"), "Liger": liger(loss_type="vespo")}),
+        ("vespo", by_row(vespo), {"TRL": trl(loss_type="vespo"), "Liger": liger(loss_type="vespo")}),
         ("luspo", by_row(luspo), {"TRL": trl(**luspo_trl)}),
         ("gmpo", ours(gmpo), {"TRL": trl("GMPOTrainer", epsilon_low=0.4, epsilon_high=0.4)}),
         ("rloo", by_row(rloo), {"TRL": trl("RLOOTrainer")}),

@@ -5,7 +5,7 @@ ways. ``cu_S1`` says where each begins, as packing lays them: sequence s owns to
 comes after the last is filler; S is then the number of sequences. ``seq_T`` holds ids of 0 .. T in any order (T tokens
 can never have more when sequences are numbered from 0; filler has the number after the last). Their number is then
 known to no tensor's shape, and asking a device for it would stall the step: there sums lie in T + 1 places. A processor
-answers at once, and sums by runs, which takes a quarter of the time.
+answers at once, and sums by runs, which takes a quarter of the time; runs of one length, it sums as rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ft.losses.elementwise import Mask
 from ft.losses.reduce import Count, check_number, check_option, check_same, share, upcast
 
 AGGREGATES = ("token", "sequence", "constant")
@@ -54,13 +55,14 @@ class _Runs(NamedTuple):
 
     start_R1: Tensor
     place_R: Tensor | None  # of each run, among the S sums
+    width: int | None = None  # of every run, where they are alike and leave no token over
 
 
 class Sequences:
     """Which tokens share a sequence, worked out when first asked for and once. ``mask_T`` says which are trained."""
 
     def __init__(self, seq_T: Tensor | None, mask_T: Tensor, cu_S1: Tensor | None = None) -> None:
-        self.seq_T, self.mask_T, self.cu_S1 = seq_T, mask_T, cu_S1
+        self.seq_T, self.mask_T, self.cu_S1, self.mask = seq_T, mask_T, cu_S1, Mask(mask_T)
 
     def sum(self, x_T: Tensor) -> Tensor:
         """At each token the sum of ``x_T`` over its own sequence. Differentiable."""
@@ -88,7 +90,7 @@ class Sequences:
     @cached_property
     def trained_S(self) -> Tensor:
         """The number of trained tokens of each, in the order of ``sums``, in float32."""
-        return self.sums(self.mask_T.view(torch.int8).float())
+        return self.sums(self.mask.trained_T)
 
     def sums(self, x_T: Tensor) -> Tensor:
         """One sum for each sequence, [S], 0 in places of no sequence. No gradient.
@@ -99,8 +101,11 @@ class Sequences:
         if self._runs is None:
             assert self.seq_T is not None
             return x_T.new_zeros(x_T.numel() + 1).index_add(0, self.seq_T, x_T)
-        sum_R = torch.segment_reduce(x_T.contiguous(), "sum", offsets=self._runs.start_R1, unsafe=True)
-        place_R = self._runs.place_R
+        start_R1, place_R, width = self._runs
+        if width is not None:
+            sum_R = x_T.reshape(-1, width).sum(1)
+        else:
+            sum_R = torch.segment_reduce(x_T.contiguous(), "sum", offsets=start_R1, unsafe=True)
         return sum_R if place_R is None else torch.zeros_like(sum_R).index_add(0, place_R, sum_R)
 
     def lay(self, x_S: Tensor) -> Tensor:
@@ -108,8 +113,10 @@ class Sequences:
         if self._runs is None:
             assert self.seq_T is not None
             return x_S.index_select(0, self.seq_T)
-        start_R1, place_R = self._runs
+        start_R1, place_R, width = self._runs
         x_R = x_S if place_R is None else x_S.index_select(0, place_R)
+        if width is not None:
+            return x_R.repeat_interleave(width)
         like_T = x_S.new_empty(self.mask_T.shape)
         # The gradient of a sum by runs lays a number at each of its tokens, in a third of the time of ids.
         return torch.ops.aten._segment_reduce_backward(x_R, x_R, like_T, "sum", offsets=start_R1)
@@ -121,7 +128,7 @@ class Sequences:
             starts = self.cu_S1.tolist() if on_cpu else [0]
             if starts[0] != 0 or starts[-1] > T or starts != sorted(starts):
                 raise ValueError(f"cu_S1: expected offsets that rise from 0 to {T} at most; got {starts}")
-            return _Runs(self.cu_S1, None)
+            return _Runs(self.cu_S1, None, _width(starts, T) if on_cpu else None)
         if not on_cpu or not T:
             return None
         id_R, count_R = torch.unique_consecutive(self.seq_T, return_counts=True)
@@ -129,7 +136,13 @@ class Sequences:
             raise ValueError(f"seq_T: expected ids in 0 .. {T}, the number of tokens; got {id_R.min()} .. {id_R.max()}")
         id_S, place_R = torch.unique(id_R, return_inverse=True)
         whole = id_S.numel() == id_R.numel()
-        return _Runs(F.pad(count_R.cumsum(0), (1, 0)), None if whole else place_R)
+        start_R1 = F.pad(count_R.cumsum(0), (1, 0))
+        return _Runs(start_R1, None if whole else place_R, _width(start_R1.tolist(), T))
+
+
+def _width(starts: list[int], T: int) -> int | None:
+    width = starts[1] if len(starts) > 1 else 0
+    return width if width and starts[-1] == T and starts == list(range(0, T + 1, width)) else None
 
 
 class _SequenceSum(torch.autograd.Function):

@@ -68,7 +68,8 @@ def grpo(
 
         x = -min(c A, clamp(r, 1 - clip[0], 1 + clip[1]) A) * w * keep  +  kl_coef * KL(logp, ref_logp)
 
-    with c = min(r, dual_clip) where A < 0 and c = r elsewhere, averaged by ``aggregate`` (see ``ft.losses.aggregate.mean``). By name:
+    with c = min(r, dual_clip) where A < 0 and c = r elsewhere, averaged by ``aggregate`` (see
+    ``ft.losses.aggregate.mean``). By name:
 
     | loss | options |
     |---|---|
@@ -146,7 +147,7 @@ def finish(
     count = _denominator(t, aggregate, constant, tokens, seqs)
     with torch.no_grad():
         sums = _means(t, clipped or {}, is_weight_T, keep_T, tokens)
-        scale = _average(t.trained.new_ones(()), count, constant)
+        scale = _scale(t, count, constant)
         total, slope_T = _weighed(term, t, _factor(t, is_weight_T, keep_T), aggregate)
         loss = policy_loss = total * scale
         if ref_logp_T is not None:
@@ -171,8 +172,10 @@ def _denominator(t: Terms, aggregate: str, constant: float | None, tokens: Count
     return known(t).trained if seqs is None else seqs
 
 
-def _average(total: Tensor, count: Count, constant: float | None) -> Tensor:
-    return share(total, count) if constant is None else share(total, count) / constant
+def _scale(t: Terms, count: Count, constant: float | None) -> Tensor | float:
+    """What a sum is multiplied by to be this call's share of the average; a number where the count is one."""
+    scale = share(t.trained.new_ones(()), count) if isinstance(count, Tensor) else 1 / max(count, 1)
+    return scale if constant is None else scale / constant
 
 
 def _factor(t: Terms, is_weight_T: Tensor | None, keep_T: Tensor | None) -> Tensor | None:
@@ -201,7 +204,7 @@ def _each(t: Terms, aggregate: str, *, by_sequence: bool) -> Tensor | None:
     """What a place weighs in the average: one over the sequence's length where sequences count alike."""
     if aggregate != "sequence":
         return None
-    each_S = (1 / known(t).length_S).to(t.adv_N.dtype)
+    each_S = known(t).length_S.reciprocal().to(t.adv_N.dtype)
     return each_S if by_sequence else known(t).lay(each_S)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ft.losses.aggregate import Sequences
 from ft.losses.clipped import Common, finish, grpo
-from ft.losses.elementwise import Mask, greater, less
+from ft.losses.elementwise import Mask, greater, less, where_over, where_within
 from ft.losses.kl import BOUND
 from ft.losses.reduce import check_number, check_option
 from ft.losses.terms import Term, Terms, terms
@@ -94,7 +94,7 @@ def cispo(
     ratio_N = t.ratio_N()
     clipped = {
         "clip_low": t.counted(less(ratio_N, floor).mul_(less(t.adv_N, 0))) if floor else t.trained.new_zeros(()),
-        "clip_high": t.counted(greater(ratio_N, cap).mul_(greater(t.adv_N, 0))),
+        "clip_high": t.counted(where_over(greater(t.adv_N, 0), ratio_N, cap)),
     }
     return finish(_score(t, ratio_N.clamp_(floor, cap).mul_(t.adv_N).neg_()), t, clipped=clipped, **_rest(common))
 
@@ -120,7 +120,7 @@ def sapo(
     tau_N, ratio_N = _either(greater(t.adv_N, 0), tau), t.ratio_N()
     slope_N = t.ratio_slope_N(ratio_N)
     gate_N = ratio_N.sub_(1).mul_(tau_N).sigmoid_()
-    slope_N.mul_(gate_N).addcmul_(slope_N, gate_N, value=-1)
+    slope_N = torch.ops.aten.sigmoid_backward.grad_input(slope_N, gate_N, grad_input=slope_N)
     gate_N.div_(tau_N)
     gain_N = torch.mul(t.adv_N, -4, out=tau_N)
     term = Term(gate_N.mul_(gain_N), slope_N.mul_(gain_N), t.spread, t.by_sequence)
@@ -166,11 +166,10 @@ def gmpo(
 def _held(t: Terms, clip: tuple[float, float], kept: Mask) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Log-ratios clipped one by one, their slopes, both 0 where not kept, and how many tokens were clipped."""
     log_T, up_T = t.log_ratio_N, greater(t.adv_N, 0)
-    over_T, under_T = greater(log_T, clip[1]).mul_(up_T), less(log_T, -clip[0]).mul_(1 - up_T)
-    slope_T = log_T.abs()
-    torch.lt(slope_T, BOUND, out=slope_T).sub_(over_T).sub_(under_T).clamp_(min=0)
-    held_T = (1 - over_T).sub_(under_T).mul_(log_T).add_(over_T, alpha=clip[1]).sub_(under_T, alpha=clip[0])
-    clipped = {"clip_low": t.counted(under_T.mul_(less(t.adv_N, 0))), "clip_high": t.counted(over_T)}
+    held_T = torch.lerp(log_T.clamp(min=-clip[0]), log_T.clamp(max=clip[1]), up_T)  # exact, as up_T is 0.0 or 1.0
+    moved_T = torch.ne(held_T, log_T, out=torch.empty_like(log_T))
+    clipped = {"clip_low": torch.dot(moved_T, less(t.adv_N, 0)), "clip_high": torch.dot(moved_T, up_T)}
+    slope_T = where_within(moved_T.neg_().add_(1), log_T, BOUND)
     return kept.keep_(held_T), kept.keep_(slope_T), clipped
 
 
@@ -193,13 +192,16 @@ def vespo(
     for name, pair in (("k", k), ("lam", lam)):
         check_number(f"{name}[0]", pair[0], 0)
         check_number(f"{name}[1]", pair[1], 0)
-    t = terms("vespo", logp_T, old_logp_T, adv_T, mask_T, **_told_apart(common))
+    given = _told_apart(common)
+    t = terms("vespo", logp_T, old_logp_T, adv_T, mask_T, **given)
     if t.sequences is None:
         raise ValueError("vespo: expected seq_T, the sequence of each token, or cu_S1; got None")
     log_w_S = _log_answer_weight(t, t.sequences, common.pop("is_weight_T", None))
     up_S, down_S = (_log_phi(log_w_S, k[i], lam[i]).exp_() for i in (0, 1))
-    phi_T = t.sequences.lay(up_S)  # of either sign, as a sequence's advantages may differ
-    phi_T.addcmul_(t.sequences.lay(down_S - up_S), less(t.adv_N, 0))
+    if given["adv_S"] is not None:
+        phi_T = t.sequences.lay(torch.where(given["adv_S"] < 0, down_S, up_S))
+    else:  # a sequence's advantages may differ in sign
+        phi_T = t.sequences.lay(up_S).lerp_(t.sequences.lay(down_S), less(t.adv_N, 0))
     return finish(_score(t, phi_T.mul_(t.adv_N).neg_()), t, **_rest(common))
 
 
@@ -239,7 +241,7 @@ def dppo(
 def _score(t: Terms, weight_N: Tensor) -> Term:
     """weight_N logp, whose weight is a constant. ``logp_T`` is masked, and so is the slope where it is weighed."""
     weight_T = t.at_T(weight_N)
-    return Term(t.masked_logp_T() * weight_T, weight_T, lambda slope_T: slope_T)
+    return Term(t.masked_logp_T().mul_(weight_T), weight_T, lambda slope_T: slope_T)
 
 
 def _log_answer_weight(t: Terms, sequences: Sequences, is_weight_T: Tensor | None) -> Tensor:

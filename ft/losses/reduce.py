@@ -17,7 +17,7 @@ Count = Tensor | float | int
 
 def upcast(x_N: Tensor) -> Tensor:
     """float32, whatever the type; float64 stays float64, so that gradients can be checked numerically."""
-    return x_N if x_N.dtype == torch.float64 else x_N.float()
+    return x_N if x_N.dtype in (torch.float32, torch.float64) else x_N.float()
 
 
 def keep(x_N: Tensor, mask_N: Tensor) -> Tensor:
@@ -57,13 +57,14 @@ def segment_sum(x_T: Tensor, seq_T: Tensor, sequences: int) -> Tensor:
 
 def detached(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Numbers to log: no graph, still on the device."""
-    return {name: value.detach() for name, value in sums.items()}
+    return {name: value.detach() if value.requires_grad else value for name, value in sums.items()}
 
 
 def mean_shares(rows: Mapping[str, Tensor], count: Count) -> dict[str, Tensor]:
     """``mean_share`` of each, [P] and to be logged, in one go: on short tensors a call costs more than its sum."""
-    means = share(torch.stack([upcast(x_P).detach() for x_P in rows.values()]).sum(1), count)
-    return dict(zip(rows, means.unbind(), strict=True))
+    with torch.no_grad():
+        means = share(torch.stack([upcast(x_P) for x_P in rows.values()]).sum(1), count)
+        return dict(zip(rows, means.unbind(), strict=True))
 
 
 def pair_sums(chosen_P: Tensor, rejected_P: Tensor, count: Count, **more: Tensor) -> dict[str, Tensor]:
@@ -78,9 +79,10 @@ def pair_sums(chosen_P: Tensor, rejected_P: Tensor, count: Count, **more: Tensor
 
 def check_same(what: str, /, **tensors: Tensor | None) -> None:
     """Refuse tensors that are not of one 1-D shape: broadcasting would give a number, and a wrong one."""
-    shapes = {name: tuple(t.shape) for name, t in tensors.items() if t is not None}
-    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
-        raise ValueError(f"{what}: expected 1-D tensors of one length, got {shapes}")
+    shapes = {t.shape for t in tensors.values() if t is not None}
+    if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
+        got = {name: tuple(t.shape) for name, t in tensors.items() if t is not None}
+        raise ValueError(f"{what}: expected 1-D tensors of one length, got {got}")
 
 
 def check_option(what: str, value: object, allowed: tuple[str, ...]) -> None:

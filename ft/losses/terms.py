@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ft.losses.aggregate import Sequences, check_tokens, sequences_of
-from ft.losses.elementwise import Mask, less
-from ft.losses.kl import BOUND
+from ft.losses.elementwise import Mask, where_over, where_within
+from ft.losses.kl import BOUND, exp_minus
 from ft.losses.reduce import check_option, check_same, upcast
 
 LEVELS = {"token": "token", "sequence": "geometric", "sequence_token": "geometric", "sequence_sum": "sequence"}
@@ -54,8 +54,7 @@ class Terms(NamedTuple):
 
     def ratio_slope_N(self, ratio_N: Tensor) -> Tensor:
         """d ratio / d log-ratio: the ratio itself, and 0 where the bound holds it."""
-        size_N = self.log_ratio_N.abs()
-        return torch.lt(size_N, BOUND, out=size_N).mul_(ratio_N)
+        return where_within(ratio_N, self.log_ratio_N, BOUND)
 
     def spread(self, slope_N: Tensor) -> Tensor:
         """From a slope by the log-ratio, the slope by ``logp_T``: a sequence's goes to all of its trained tokens."""
@@ -96,7 +95,8 @@ def terms(
     if sequences is None and level != "token":
         raise ValueError(f"level={level!r}: expected seq_T, the sequence of each token, or cu_S1; got None")
     _check_advantage(what, adv_T, adv_S, cu_S1)
-    mask, by_sequence = Mask(mask_T), level in ("sequence", "sequence_sum") and adv_S is not None
+    mask = Mask(mask_T) if sequences is None else sequences.mask
+    by_sequence = level in ("sequence", "sequence_sum") and adv_S is not None
     drift_T = mask.keep_(upcast(logp_T) - upcast(logp_T if old_logp_T is None else old_logp_T))
     raised_S = None if sequences is None or level == "token" else _raised(drift_T, sequences, level)
     drift_T.clamp_(-BOUND, BOUND)
@@ -113,23 +113,34 @@ def _advantage(
         assert adv_T is not None
         return mask.keep(adv_T)
     assert sequences is not None
-    adv_S = upcast(adv_S.detach()).masked_fill(sequences.trained_S == 0, 0.0)
-    return adv_S if by_sequence else mask.keep(sequences.lay(adv_S))
+    adv_S = upcast(adv_S.detach())
+    return where_over(adv_S, sequences.trained_S, 0.5) if by_sequence else mask.keep_(sequences.lay(adv_S))
 
 
 def _watch(
     drift_T: Tensor, raised_S: Tensor | None, mask: Mask, sequences: Sequences | None, *, by_sequence: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Sums and maxes to log, and the log-ratio at its places. Done first, so that what it takes is free again."""
-    log_N = drift_T
+    log_N, count_N = drift_T, mask.trained_T.to(drift_T.dtype)
+    here_N = count_N  # 1.0 where anything is trained
     if raised_S is not None and sequences is not None:
         log_N = raised_S if by_sequence else sequences.lay(raised_S)
-    count_N = (sequences.trained_S if by_sequence and sequences is not None else mask.trained_T).to(log_N.dtype)
+    if by_sequence and sequences is not None:
+        count_N = sequences.trained_S.to(log_N.dtype)
+        here_N = count_N.clamp(max=1)
     ratio_N = log_N.exp()
-    watched, maxes = {"tokens": count_N.sum(), "ratio": torch.dot(ratio_N, count_N)}, _extremes(log_N, count_N)
-    del ratio_N
-    watched["approx_kl"] = torch.expm1(drift_T).sub_(drift_T).sum()  # exp(d) - 1 has no digits left near d = 0
-    return watched, maxes, log_N
+    # exp(d) - 1 has no digits left near d = 0. With exp(d) at hand, exp_minus is the faster.
+    k3_T = exp_minus(drift_T, ratio_N) if log_N is drift_T else torch.expm1(drift_T).sub_(drift_T)
+    watched = {"approx_kl": k3_T.sum()}
+    del k3_T
+    inverse_max = _max(here_N / ratio_N)
+    ratio_N.mul_(here_N)
+    watched |= {"tokens": count_N.sum(), "ratio": torch.dot(ratio_N, count_N)}
+    return watched, {"ratio_max": _max(ratio_N), "ratio_inverse_max": inverse_max}, log_N
+
+
+def _max(x_N: Tensor) -> Tensor:
+    return x_N.amax() if x_N.numel() else x_N.new_zeros(())
 
 
 def _raised(drift_T: Tensor, sequences: Sequences, level: str) -> Tensor:
@@ -143,15 +154,6 @@ def _raised(drift_T: Tensor, sequences: Sequences, level: str) -> Tensor:
 def known(t: Terms) -> Sequences:
     assert t.sequences is not None
     return t.sequences
-
-
-def _extremes(log_N: Tensor, count_N: Tensor) -> dict[str, Tensor]:
-    """The greatest ratio and inverse ratio. Places with nothing trained stand far below any, and their exp is 0."""
-    if not log_N.numel():
-        return {name: log_N.new_zeros(()) for name in ("ratio_max", "ratio_inverse_max")}
-    out_N = less(count_N, 0.5)
-    low, high = torch.add(log_N, out_N, alpha=1e30).amin(), torch.sub(log_N, out_N, alpha=1e30).amax()
-    return {"ratio_max": high.exp(), "ratio_inverse_max": (-low).exp()}
 
 
 def _check_advantage(what: str, adv_T: Tensor | None, adv_S: Tensor | None, cu_S1: Tensor | None) -> None:
