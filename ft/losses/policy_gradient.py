@@ -155,6 +155,7 @@ def gmpo(
         sequences = Sequences(given["seq_T"], kept.mask_T, given["cu_S1"])
     held_T, slope_T, clipped = _held(t, clip, kept)
     ratio_T = sequences.lay((sequences.sums(held_T) / sequences.length_S).exp_())
+    del held_T
 
     def spread(by_mean_T: Tensor) -> Tensor:
         return sequences.lay(sequences.sums(by_mean_T) / sequences.length_S).mul_(slope_T)
