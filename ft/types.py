@@ -148,6 +148,7 @@ class Rollout:
     text: str = ""
     reward: float | None = None
     parts: Mapping[str, float] = field(factory=dict)
+    mask_L: np.ndarray | None = None  # bool, False where an environment spoke; None: all of it was sampled
 
 
 @frozen(eq=False)
@@ -263,6 +264,22 @@ class Sampler(Protocol):
 
     def rollout(self, prompts: Sequence[Example], n: int, step: int, *, greedy: bool = False) -> list[list[Rollout]]:
         """``n`` completions of each prompt; a function of the seed, ``step`` and the prompts where it can be."""
+        ...
+
+
+class Environment(Protocol):
+    """What replies to an answer, for answers of several turns: a frozen value, pure functions. See ``ft.rollout``."""
+
+    def reset(self, columns: Mapping[str, Any]) -> Any:
+        """The state of a new answer to a row with these columns."""
+        ...
+
+    def step(self, state: Any, said: str) -> tuple[Any, str | None]:
+        """The state after the model's turn, and what it is told; None ends the answer."""
+        ...
+
+    def reward(self, state: Any) -> float | None:
+        """Of the whole answer; goes to reward functions as the column ``environment``."""
         ...
 
 

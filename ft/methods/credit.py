@@ -140,6 +140,12 @@ def _in_units(examples: Sequence[Example], tokens: int) -> list[Example]:
     return found
 
 
+def _sampled(rollout: Rollout) -> Any:
+    import numpy as np
+
+    return np.ones(len(rollout.tokens_L), bool) if rollout.mask_L is None else rollout.mask_L
+
+
 def _example(rollout: Rollout, advantage: float, group: int) -> Example:
     import numpy as np
 
@@ -148,7 +154,7 @@ def _example(rollout: Rollout, advantage: float, group: int) -> Example:
     said_L = np.full(len(answer_L), np.nan, np.float32) if rollout.logp_L is None else rollout.logp_L
     return Example(
         tokens_L=tokens_L,
-        mask_L=np.arange(len(tokens_L)) >= len(prompt_L),
+        mask_L=np.concatenate([np.zeros(len(prompt_L), bool), _sampled(rollout)]),
         source=rollout.prompt.source,
         group=group,
         sampled_logp_L=np.concatenate([np.zeros(len(prompt_L), np.float32), said_L.astype(np.float32)]),

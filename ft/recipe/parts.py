@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from attrs import evolve, field, frozen, validators
 
-from ft.types import Method
+from ft.types import Environment, Method
 
 _positive: Any = validators.gt(0)
 _natural: Any = validators.ge(0)
@@ -406,6 +406,11 @@ class Recipe:
     """Where the answers of online methods come from."""
     judging: Judging = Judging()
     """How they are scored."""
+    environment: Environment | None = None
+    """What replies to the model's turns, for answers of several (ft.rollout.calculator is an example); its reward is
+    the column `environment` of reward functions (ft.rollout.rewards.environment)."""
+    turns: int = field(default=8, validator=_positive)
+    """Most turns of the model in an answer, each of at most `method.sampling.max_tokens`, with an environment."""
     optim: AdamW = AdamW()
     schedule: Constant | Linear | Cosine | WSD = Cosine()
     batch: Batching = Batching()

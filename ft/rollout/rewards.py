@@ -94,6 +94,11 @@ def last_number(completions: Sequence[str], answer: Sequence[Any], **columns: An
     return [float(one is not None and float(one) == float(right)) for one, right in zip(said, answer, strict=True)]
 
 
+def environment(completions: Sequence[str], environment: Sequence[float | None], **columns: Any) -> Scores:
+    """What the recipe's environment says of each answer."""
+    return list(environment)
+
+
 def _last(said: str) -> str:
     """What stands in the last <answer>...</answer> of a completion; all of it where there is none."""
     found = re.findall(r"<answer>(.*?)</answer>", said, re.DOTALL)

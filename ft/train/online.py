@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from attrs import frozen
@@ -18,6 +19,7 @@ from ft.rollout import canary, sent
 from ft.rollout.ahead import AheadSampler
 from ft.rollout.client import Client
 from ft.rollout.embedded import EmbeddedSampler
+from ft.rollout.environment import EnvironmentSampler, reply_ids
 from ft.rollout.judge import Judge, scorers_of
 from ft.rollout.server import TOKEN, Server, context, launch
 from ft.rollout.vllm import VLLMSampler
@@ -35,6 +37,8 @@ class Online:
 
     def close(self) -> None:
         sampler = self.sampler
+        if isinstance(sampler, EnvironmentSampler):
+            sampler = sampler.sampler
         if isinstance(sampler, AheadSampler):
             sampler.close()
             sampler = sampler.sampler
@@ -50,6 +54,7 @@ def start(recipe: Recipe, built: Built, world: World, tokenizer: Any, folder: Mo
     if asked(method).rows != "prompts":
         return Online()
     sampler = ahead(sampler_of(recipe, built, world, tokenizer, folder, say), recipe, world, say)
+    sampler = with_environment(sampler, recipe, tokenizer)
     judge = Judge(
         scorers=scorers_of(method.rewards),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
@@ -60,6 +65,26 @@ def start(recipe: Recipe, built: Built, world: World, tokenizer: Any, folder: Mo
         world=world,
     )
     return Online(sampler=sampler, judge=judge)
+
+
+def with_environment(sampler: Sampler, recipe: Recipe, tokenizer: Any) -> Sampler:
+    """One whose answers have several turns, where the recipe names what replies.
+
+    Raises:
+        RecipeError: answers are to be drawn ahead.
+    """
+    if recipe.environment is None:
+        return sampler
+    if isinstance(sampler, AheadSampler):
+        raise RecipeError("answers of several turns are not drawn ahead", where="environment", fix="leave out Ahead")
+    return EnvironmentSampler(
+        sampler=sampler,
+        environment=recipe.environment,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        reply_ids=partial(reply_ids, tokenizer),
+        turns=recipe.turns,
+        longest=recipe.data.max_tokens,
+    )
 
 
 def ahead(sampler: Sampler, recipe: Recipe, world: World, say: Say) -> Sampler:
