@@ -6,13 +6,14 @@ They take padded [B, W] tensors; ft takes the same tokens packed, or for prefere
 same way on both sides. Sequences are told by offsets, and advantages given one a row where the ratio is the row's, as
 theirs are. TRL's functions are called without a trainer, as the tests call them, so their metrics are counted, as ours
 are, though they are not the same: TRL averages the entropy (two passes over the tokens), ft the drift from the old
-policy and the extremes of the ratio (eleven), and Liger logs less than either. TRL's RLOO is given the old log-probs
+policy and the extremes of the ratio (nine), and Liger logs less than either. TRL's RLOO is given the old log-probs
 summed beforehand. Its DPO and KTO functions also average what its model would give besides log-probs (entropy, top-1
 hits). ``--fill`` below 1 makes rows of random length: ft then has fewer tokens to go through, which is the point
-of packing, but not of this comparison. Contenders take turns in one process; figures are medians. ``MB`` is the peak
-of what one step allocates beyond its inputs, as PyTorch's profiler counts it, so freed temporaries count while they
-stand. ``ratio`` is ft's time over theirs, below 1 where ft is the faster; ``best`` is the ratio of the least
-times, which says more where other processes take the processor away for longer than a step lasts.
+of packing, but not of this comparison; at 1 the rows are of one length, and ft sums them as rows. Contenders take
+turns in one process; figures are medians. ``MB`` is the peak of what one step allocates beyond its inputs, as
+PyTorch's profiler counts it, so freed temporaries count while they stand. ``ratio`` is ft's time over theirs, below 1
+where ft is the faster; ``best`` is the ratio of the least times, which says more where other processes take the
+processor away for longer than a step lasts.
 """
 
 from __future__ import annotations
