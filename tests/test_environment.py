@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def ids(text: str) -> list[int]:
     return [ord(letter) for letter in text]
 
 
-def words(tokens: Sequence[int]) -> str:
+def words(tokens: Iterable[int]) -> str:
     return "".join(chr(token) for token in tokens if token > 1)
 
 

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from attrs import define, field
 from misbehaving import (
     chatty,
     exits,
@@ -63,24 +65,29 @@ def rollout(text: str, **columns: Any) -> Rollout:
     return Rollout(prompt=prompt, tokens_L=tokens_L, logp_L=None, finish="stop", policy_step=0)
 
 
-@pytest.fixture
-def judged(monkeypatch: pytest.MonkeyPatch):
-    """Score texts with functions of this file; gives the rollouts, and ``said`` holds the notices."""
-    monkeypatch.setenv("PYTHONPATH", HERE)
-    made: list[Judge] = []
+@define
+class Judged:
+    """Scores texts with functions of ``misbehaving``; keeps the notices and the judges."""
 
-    def score(rewards, texts, *, timeout=20.0, workers=1, most=0.5, **columns):
+    said: list[str] = field(factory=list)
+    made: list[Judge] = field(factory=list)
+
+    def __call__(self, rewards, texts, *, timeout=20.0, workers=1, most=0.5, **columns) -> list[Rollout]:
         wrapped = [r if isinstance(r, RewardFunction) else RewardFunction(function=r) for r in rewards]
         judge = Judge(
             scorers=scorers_of(wrapped), decode=lambda ids: "".join(map(chr, ids)), timeout=timeout, workers=workers,
-            most_failures=most, notice=score.said.append, world=alone(),
+            most_failures=most, notice=self.said.append, world=alone(),
         )  # fmt: skip
-        made.append(judge)
+        self.made.append(judge)
         return judge.score([rollout(text, **columns) for text in texts])
 
-    score.said, score.made = [], made
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judged]:
+    monkeypatch.setenv("PYTHONPATH", HERE)
+    score = Judged()
     yield score
-    for judge in made:
+    for judge in score.made:
         judge.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,12 +120,12 @@ def test_a_reward_model_scores_as_transformers_does_alone(tmp_path):
     from ft.data.tokenizer import byte_tokenizer
 
     torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_labels=1, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    model = LlamaForSequenceClassification(config).eval()
+    tokenizer: Any = byte_tokenizer()
+    sizes: Any = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_labels": 1, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    model = LlamaForSequenceClassification(LlamaConfig(**sizes)).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     asked, said = [{"role": "user", "content": "why?"}], ["no", "because it is so", "yes"]

@@ -100,7 +100,7 @@ class Judge:
         size, most = -(-len(rollouts) // len(self.pool)) or 1, self.most_failures * len(rollouts)
         parts = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
         jobs = zip(self.pool, parts, strict=False)
-        found = [s for part in self.threads.map(lambda job: _part(scorer, *job, most), jobs) for s in part]
+        found = [s for part in self.threads.map(lambda job: _part(scorer, job[0], job[1], most), jobs) for s in part]
         failures = [(r, why) for r, (_, why) in zip(rollouts, found, strict=True) if why and why != _UNTRIED]
         for rollout, why in failures[:3]:
             self.notice(
