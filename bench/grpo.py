@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import statistics
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,10 @@ LR = 1e-5
 WORDS = "the sum of two numbers is larger than either when both are positive and one asks how many there are".split()
 
 
-def vowels(completions: Sequence[str], **columns: Any) -> list[float]:
-    """A reward that varies and costs nothing: the share of vowels."""
-    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+def vowels(completions: Sequence[Any], **columns: Any) -> list[float]:
+    """A reward that varies and costs nothing: the share of vowels. ft gives texts, TRL lists of one message."""
+    texts = [said if isinstance(said, str) else said[-1]["content"] for said in completions]
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in texts]
 
 
 def make_prompts(args: argparse.Namespace, path: Path) -> None:
@@ -62,7 +65,7 @@ def random_model(args: argparse.Namespace, folder: Path) -> str:
 
     from ft.data.tokenizer import byte_tokenizer
 
-    tokenizer = byte_tokenizer()
+    tokenizer: Any = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=6,
         num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
@@ -79,13 +82,15 @@ def run_ft(args: argparse.Namespace) -> dict[str, Any]:
     from ft.train import online
     from ft.train.loop import train
 
+    os.environ["PYTHONPATH"] = str(HERE)  # the processes that score import this file by its name
+    reward = import_module("grpo").vowels
     online.stop_ids = lambda tokenizer, folder: frozenset()  # answers of one length, as TRL is told below
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(
             model=Model(id=args.model, dtype="float32", checkpointing=False),
             adapter=LoRA(r=16, alpha=32.0, targets=("attention", "mlp")),
             data=Data(train=args.rows, max_tokens=1024, cache=None),
-            method=GRPO(rewards=vowels, group=args.group, sampling=Sampling(max_tokens=args.tokens)),
+            method=GRPO(rewards=reward, group=args.group, sampling=Sampling(max_tokens=args.tokens)),
             sampler=Embedded(rows=args.sample_rows),
             optim=AdamW(lr=LR),
             schedule=Constant(),
@@ -120,6 +125,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
     from trl import GRPOConfig, GRPOTrainer
 
     times: list[float] = []
+    reward: Any = vowels
 
     class Clock(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -147,7 +153,7 @@ def run_trl(args: argparse.Namespace) -> dict[str, Any]:
         )
         trainer = GRPOTrainer(
             model=args.model,
-            reward_funcs=vowels,
+            reward_funcs=reward,
             args=config,
             train_dataset=load_dataset("json", data_files=args.rows, split="train", cache_dir=folder),
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM"),

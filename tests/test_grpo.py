@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -16,7 +11,6 @@ import pytest
 import torch
 from attrs import define, evolve, field
 from oracles_grpo import Case, case, token_weight_BW, trl, trl_gmpo, trl_rloo
-from safetensors.torch import load_file
 from test_methods import ADAPTER, TINY, VOCAB, model, one_step
 
 from ft import (
@@ -28,21 +22,16 @@ from ft import (
     RLOO,
     SAPO,
     VESPO,
-    AdamW,
     Ahead,
-    Batching,
     Clipped,
-    Constant,
     Correction,
     Data,
-    Judging,
     Model,
     Overlong,
     Recipe,
     Reinforce,
     RewardFunction,
     Sampling,
-    Save,
     dist,
 )  # fmt: skip
 from ft.dist import World
@@ -52,10 +41,8 @@ from ft.models.build import build, plan_config
 from ft.recipe import Parallel, dump, restore
 from ft.rollout.ahead import AheadSampler
 from ft.rollout.embedded import EmbeddedSampler
-from ft.rollout.rewards import matches
 from ft.rollout.shared import Answer
 from ft.train import step
-from ft.train.loop import train
 from ft.train.scoring import score
 from ft.types import Batch, Context, Counts, Example, LogProbs, Rollout, Said
 
@@ -109,7 +96,7 @@ def weighted(**options: Any) -> Any:
     return lambda c: trl(c, is_weight_BW=token_weight_BW(c), **options)
 
 
-SEQUENCE = {"importance_sampling_level": "sequence"}
+SEQUENCE: dict[str, Any] = {"importance_sampling_level": "sequence"}
 CORRECTION = Correction(cap=3.0)
 TRL: dict[str, tuple[dict[str, Any], Any]] = {
     "dapo": ({}, trl),
@@ -538,55 +525,3 @@ def test_methods_survive_json(objective: Any) -> None:
     method: Any = Ahead(grpo(objective=objective, overlong=Overlong(buffer=2), rewards=RewardFunction(function=shout)))
     recipe = Recipe(model=TINY, data=Data(train="x.jsonl"), method=method)
     assert restore(dump(recipe)) == recipe
-
-
-# Runs -----------------------------------------------------------------------------------------------------------------
-
-
-def run(folder: Path, name: str, **changes: Any) -> Recipe:
-    """Six prompts, two a step, rewarded where an answer of a random model has a letter of the first half in it."""
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(6)))
-    scored = RewardFunction(function=matches, options={"pattern": ".*[a-mA-M].*"})
-    method: Any = GRPO(rewards=scored, group=4, sampling=Sampling(max_tokens=6), **changes.pop("options", {}))
-    base = Recipe(
-        model=TINY, adapter=ADAPTER, data=Data(train=str(rows), cache=None), method=method, optim=AdamW(lr=1e-2),
-        schedule=Constant(), batch=Batching(examples=2, tokens=128), save=Save(dir=folder / name, every=2),
-        judging=Judging(workers=1), steps=4,
-    )  # fmt: skip
-    return evolve(base, **changes)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "final" / "adapter_model.safetensors")
-
-
-@pytest.mark.parametrize("options", [{}, {"iterations": 2, "resample": 1}], ids=["each step", "two steps on a batch"])
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, options: dict[str, Any]) -> None:
-    train(run(tmp_path, "whole", options=options))
-    train(run(tmp_path, "parts", options=options, steps=2))
-    train(run(tmp_path, "parts", options=options), resume=True)
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert any(line.get("grad_norm", 0) > 0 for line in lines)
-    if "iterations" in options:
-        ratios = [line["ratio_max"] for line in lines if "ratio_max" in line]
-        assert ratios[0] == ratios[2] == 1 < max(ratios), "the second step on a batch is off the policy that drew it"
-
-
-def test_two_ranks_draw_and_learn_what_one_does(tmp_path: Path) -> None:
-    one = run(tmp_path, "one", steps=2, optim=AdamW(lr=1e-3))
-    train(one)
-    (tmp_path / "recipe.json").write_text(json.dumps(dump(evolve(one, save=Save(dir=tmp_path / "two")))))
-    command = [sys.executable, "-m", "ft", "run", "recipe.json", "--nproc", "2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-             for name in ("one", "two")]  # fmt: skip
-    for a, b in zip(*([line for line in lines if "loss" in line] for lines in found), strict=True):
-        assert (a["reward"], a["length"], a["groups_alike"]) == (b["reward"], b["length"], b["groups_alike"])
-        assert (a["loss"], a["entropy"]) == pytest.approx((b["loss"], b["entropy"]), abs=1e-5)
-    for name, tensor in weights(tmp_path / "one").items():
-        torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-3, atol=2e-5)

@@ -14,7 +14,7 @@ from ft.data.prompts import Prompts, prepare
 from ft.data.tokenizer import byte_tokenizer
 from ft.errors import DataError
 
-TOKENIZER = byte_tokenizer()
+TOKENIZER: Any = byte_tokenizer()
 
 
 def prepared(folder: Path, rows: list[Any], **options: Any) -> Prompts:
