@@ -12,12 +12,19 @@ import pytest
 from attrs import evolve
 from rich.console import Console
 
+from ft.data.dataset import Prepared
 from ft.data.tokenizer import byte_tokenizer
 from ft.errors import DataError
 from ft.methods import SFT
 from ft.recipe import Batching, Data, Model, Recipe, Save
 from ft.train.inspect import double_bos, inspect, marked, oddities, packing, prepared, stretches, visible
 from ft.types import Example
+
+
+def answers(of: Recipe, tokenizer: Any) -> Prepared:
+    found = prepared(of, of.data.train, tokenizer, lambda line: None)
+    assert isinstance(found, Prepared)
+    return found
 
 
 def recipe(folder: Path, rows: list[dict[str, Any]], *, batch: Batching | None = None, **data: Any) -> Recipe:
@@ -145,10 +152,10 @@ def test_packing_counts_positions(tmp_path: Path):
     rows = [{"text": "x" * (n - 1)} for n in (11, 5, 5, 5)]
     of = evolve(recipe(tmp_path, rows, batch=Batching(examples=2, tokens=10)), steps=2)
     tokenizer = byte_tokenizer()
-    found = packing(of, prepared(of, of.data.train, tokenizer, lambda line: None), tokenizer)
+    found = packing(of, answers(of, tokenizer), tokenizer)
     assert (found.tried, found.rows, found.inputs, found.batches, found.padded) == (2, 4, 22, 3, 22)
     wide = evolve(of, batch=Batching(examples=2, tokens=14))
-    found = packing(wide, prepared(of, of.data.train, tokenizer, lambda line: None), tokenizer)
+    found = packing(wide, answers(of, tokenizer), tokenizer)
     assert (found.batches, found.padded) == (2, 10 * 2 + 4 * 2), "10 beside 4 is padded to 10 and 10"
     assert "79% full (batch.tokens=14)" in found.lines()[1]  # 22 of 28
     assert "21% would be" in found.lines()[1]  # 6 of 28
@@ -164,7 +171,7 @@ def test_a_row_longer_than_a_micro_batch_is_an_error(tmp_path: Path):
 
 def odd(of: Recipe, tokenizer: Any = None) -> list[str]:
     tokenizer = tokenizer or byte_tokenizer()
-    return oddities(prepared(of, of.data.train, tokenizer, lambda line: None), tokenizer, of)
+    return oddities(answers(of, tokenizer), tokenizer, of)
 
 
 def test_nothing_odd_is_not_warned_of(tmp_path: Path):
@@ -196,7 +203,7 @@ def test_two_bos_side_by_side_within_a_row(tmp_path: Path):
     bos = tokenizer.bos_token_id
     rows = [[bos, 1, bos], [bos, 2, 3], [4, bos, bos, bos], [5, bos, 6]]
     of = recipe(tmp_path, [{"input_ids": ids, "labels": ids} for ids in rows])
-    data = prepared(of, of.data.train, tokenizer, lambda line: None)
+    data = answers(of, tokenizer)
     assert double_bos(data, tokenizer) == 1
     assert any("1 rows hold '<|im_start|>' twice in a row" in line for line in oddities(data, tokenizer, of))
 

@@ -47,7 +47,9 @@ def test_collate_by_hand():
 
 
 def test_streams_are_shifted_like_the_mask():
-    a = example([5, 6, 7], [1, 1, 0], sampled_logp_L=[0, -1, -2], adv_L=[9, 1, 2], ce_L=[9, 0.5, 2], label=1, margin=0.5)
+    a = example(
+        [5, 6, 7], [1, 1, 0], sampled_logp_L=[0, -1, -2], adv_L=[9, 1, 2], ce_L=[9, 0.5, 2], label=1, margin=0.5
+    )
     b = example([8, 9], sampled_logp_L=[0, -3], adv_L=[9, 3], ce_L=[9, 0.25], label=0, margin=1.5)
     batch = collate([a, b])
     assert batch.sampled_logp_T is not None and batch.sampled_logp_T.tolist() == [-1, -2, -3]

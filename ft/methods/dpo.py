@@ -97,7 +97,7 @@ class DPO:
     shared_length: float = field(default=1.0, validator=validators.and_(validators.ge(0.0), validators.le(1.0)))
     """LD-DPO: weight of the tokens of an answer beyond the length of the pair's shorter one; 1 is plain DPO."""
     margin: bool = field(default=False, validator=_only(*WITH_MARGIN))
-    """ODPO: ask of each pair the margin in its row (`margin`, or `score_chosen` - `score_rejected`), in reward units."""
+    """ODPO: ask of each pair the margin in its row (`margin`, or `score_chosen` - `score_rejected`), in rewards."""
 
     asks = Asks(reference="logps")
 

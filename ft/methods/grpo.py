@@ -177,6 +177,7 @@ class GRPO:
         logp_T = logprobs.logp_T
         batch = rollouts.filled(batch, logp_T, keep=self.top_entropy < 1)
         adv_T = batch.adv_T
+        assert adv_T is not None
         aggregate = self.aggregate or self.objective.aggregates[0]
         out = self.objective.loss(
             logp_T,

@@ -66,6 +66,7 @@ def trial(recipe: Recipe, *, real: bool, place: Path) -> Recipe:
         save=evolve(recipe.save, dir=place / "run"),
         parallel=evolve(recipe.parallel, replicate=1),
         log=evolve(recipe.log, sinks=()),
+        judging=evolve(recipe.judging, hook=None),
     )
 
 
