@@ -504,7 +504,7 @@ def test_the_model_in_training_draws_nothing_ahead(world: World) -> None:
     ({"kl_corrected": True}, "'kl_corrected' must be False"),
     ({"overlong": Overlong(buffer=11)}, "at most sampling.max_tokens"),
     ({"top_entropy": 0.0}, "top_entropy"),
-], ids=str)  # fmt: skip
+], ids=lambda value: "+".join(value) if isinstance(value, dict) else "")  # fmt: skip
 def test_what_cannot_be_honoured_is_refused(options: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         grpo(**options)

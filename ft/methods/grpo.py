@@ -15,7 +15,7 @@ from ft.methods import credit, rollouts
 from ft.methods.credit import Advantage, Overlong
 from ft.methods.objectives import CISPO, DPPO, GMPO, LUSPO, RLOO, SAPO, VESPO, Clipped, Reinforce
 from ft.methods.rollouts import Correction
-from ft.recipe.parts import Sampling
+from ft.recipe.online import Sampling
 from ft.types import Asks, Batch, Context, Counts, Example, LogProbs, LossOutput
 
 _natural = validators.ge(0.0)

@@ -1,10 +1,10 @@
 """Recipes: typed values in Python files, overridden by ``a.b=v``, kept as JSON."""
 
 from ft.recipe.files import dump, dumps, load, restore
+from ft.recipe.online import VLLM, Embedded, Judging, Sampling
 from ft.recipe.override import override
 from ft.recipe.parts import (
     NF4,
-    VLLM,
     WSD,
     AdamW,
     Batching,
@@ -12,10 +12,8 @@ from ft.recipe.parts import (
     Cosine,
     Data,
     Dtype,
-    Embedded,
     Eval,
     Format,
-    Judging,
     Linear,
     Log,
     LoRA,
@@ -23,7 +21,6 @@ from ft.recipe.parts import (
     Parallel,
     Recipe,
     Reference,
-    Sampling,
     Save,
     Source,
     rehearse,

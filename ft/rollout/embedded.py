@@ -17,7 +17,7 @@ from ft import dist
 from ft.dist import World
 from ft.models.generating import generating
 from ft.models.policy import Policy
-from ft.recipe.parts import Sampling
+from ft.recipe.online import Sampling
 from ft.rollout.sampling import draws, pick
 from ft.rollout.shared import Answer, from_all_ranks
 from ft.types import Example, Rollout

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from ft.recipe.parts import Sampling
+from ft.recipe.online import Sampling
 
 
 def draws(seed: int, names: list[tuple[int, ...]], length: int) -> Tensor:

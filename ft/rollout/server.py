@@ -19,7 +19,8 @@ from typing import Any
 from attrs import define, field, frozen
 
 from ft.errors import CapacityError, FtError, RecipeError
-from ft.recipe.parts import VLLM, Recipe
+from ft.recipe.online import VLLM
+from ft.recipe.parts import Recipe
 from ft.rollout.client import Client, Malformed, Refused, Unreachable
 
 BASE = "base"  # what the model without adapter is called

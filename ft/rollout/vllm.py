@@ -18,7 +18,7 @@ from torch import Tensor
 from ft.dist import World
 from ft.errors import CapacityError, FtError
 from ft.models.policy import Policy
-from ft.recipe.parts import VLLM, Sampling
+from ft.recipe.online import VLLM, Sampling
 from ft.rollout import canary
 from ft.rollout.client import Client, Drawn, Malformed, Refused, Unreachable, in_parallel
 from ft.rollout.sent import Weights
