@@ -59,7 +59,7 @@ def clock(seconds: float) -> str:
 
 
 def facts(numbers: Mapping[str, float], *, left: float | None = None) -> str:
-    """One line of a step's numbers. Bad steps show where there are any, and what equals the loss where that is 0."""
+    """One line of a step's numbers. Bad steps show if there are any; what repeats a loss other than 0 does not."""
     parts = [form.format(numbers[name]) for name, form in _FORMS.items() if name in numbers]
     for name, value in numbers.items():
         known = name in _FORMS or name in _HIDDEN or (name != "loss" and value == numbers.get("loss") != 0)
