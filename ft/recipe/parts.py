@@ -283,7 +283,7 @@ class Log:
 
 def _unmoved(reference: Reference, attribute: Any, value: int) -> None:
     if value and reference.cached:
-        raise ValueError("'every' must be 0 with cached=True: what is kept on disk cannot move")
+        raise ValueError("'every' must be 0 with cached=True, since what is kept on disk cannot move")
     if value and reference.model is not None:
         raise ValueError("'every' must be 0 with a second model, which has other weights to mix with")
 
