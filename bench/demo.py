@@ -31,10 +31,12 @@ from ft.io.weights import Memory
 from ft.kernels.nf4 import dequantise
 from ft.models import load
 from ft.models.build import Built, build, plan_config
+from ft.models.generating import generating
 from ft.models.quant import nf4_of, quantised
 from ft.recipe import Recipe, override, rehearse
 from ft.recipe import load as load_recipe
-from ft.rollout.generate import generate
+from ft.recipe.online import Sampling
+from ft.rollout.embedded import continue_all
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "demo"
@@ -124,11 +126,13 @@ def answers(built: Built, tokenizer: Any, rows: list[dict[str, Any]]) -> tuple[f
     for row in rows:
         value = convert({"messages": row["messages"]}, source="eval", format="messages")
         assert isinstance(value, Conversation)
-        prompts.append(prompt(attrs.evolve(value, messages=value.messages[:-1]), tokenizer).tolist())
-    found = generate(
-        built.policy.scorer.model, prompts, stop=[tokenizer.eos_token_id], max_new_tokens=24, batch=len(rows)
-    )
-    texts = [tokenizer.decode(c.tokens, skip_special_tokens=True).strip() for c in found]
+        prompts.append(prompt(attrs.evolve(value, messages=value.messages[:-1]), tokenizer))
+    greedy = Sampling(max_tokens=24, greedy=True)
+    with generating(built.policy):
+        found = continue_all(
+            built.policy.scorer.model, prompts, 1, None, sampling=greedy, stop=[tokenizer.eos_token_id]
+        )
+    texts = [tokenizer.decode(c.tokens_L, skip_special_tokens=True).strip() for c in found]
     exact = [text == row["answer"] for text, row in zip(texts, rows, strict=True)]
     last = [(re.findall(r"-?\d+", text) or [""])[-1] == row["answer"] for text, row in zip(texts, rows, strict=True)]
     shown = f"{rows[0]['messages'][0]['content']!r} -> {texts[0]!r}"

@@ -223,7 +223,6 @@ class Asks:
     head: Literal["lm", "score", "steps"] = "lm"  # what stands on the trunk: the vocabulary, or scores to be trained
     classes: int = 1  # scores per position
     entropy: bool = False
-    hidden: bool = False
     temperature: float = 1.0
     reference: Literal["none", "logps", "states"] = "none"  # of a frozen model: log-probs, or whole distributions
     compare: Callable[[Tensor, Tensor], Tensor] | None = None  # (policy_NV, reference_NV) logits -> their sum, 0-d

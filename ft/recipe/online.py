@@ -8,24 +8,22 @@ from typing import Any
 
 from attrs import field, frozen, validators
 
-_positive: Any = validators.gt(0)
-_natural: Any = validators.ge(0)
-_share: Any = validators.and_(validators.ge(0.0), validators.le(1.0))
+from ft.recipe.limits import natural, positive, share
 
 
 @frozen(kw_only=True)
 class Sampling:
     """How answers are drawn. Their log-probs are those of the distribution drawn from, whatever it is."""
 
-    max_tokens: int = field(default=256, validator=_positive)
+    max_tokens: int = field(default=256, validator=positive)
     """Most tokens of an answer; one that reaches it is cut off there."""
-    temperature: float = field(default=1.0, validator=_positive)
+    temperature: float = field(default=1.0, validator=positive)
     """Logits are divided by it, in training as well."""
     top_p: float = field(default=1.0, validator=validators.and_(validators.gt(0.0), validators.le(1.0)))
     """Draw only from the likeliest tokens that reach this probability together."""
-    top_k: int = field(default=0, validator=_natural)
+    top_k: int = field(default=0, validator=natural)
     """Draw only from this many; 0 draws from all."""
-    min_p: float = field(default=0.0, validator=_share)
+    min_p: float = field(default=0.0, validator=share)
     """Draw only tokens at least this likely in proportion to the likeliest."""
     greedy: bool = False
     """Take the likeliest token instead of drawing one."""
@@ -40,7 +38,7 @@ class Sampling:
 class Embedded:
     """Answers are sampled from the model in training, in its own process."""
 
-    rows: int = field(default=64, validator=_positive)
+    rows: int = field(default=64, validator=positive)
     """Answers sampled at a time on each rank."""
 
 
@@ -63,21 +61,21 @@ class VLLM:
     """Python that has vLLM; None takes $FT_VLLM_PYTHON, else the one that runs ft."""
     port: int = field(default=0, validator=validators.and_(validators.ge(0), validators.lt(1 << 16)))
     """Port of a server that is started; 0 takes a free one."""
-    context: int | None = field(default=None, validator=validators.optional(_positive))
+    context: int | None = field(default=None, validator=validators.optional(positive))
     """Most tokens of a prompt and its answer; None is data.max_tokens + method.sampling.max_tokens."""
     arguments: tuple[str, ...] = ()
     """More arguments for a server that is started, as vLLM names them: "--gpu-memory-utilization", "0.4"."""
     devices: str | None = None
     """GPUs of a server that is started, as CUDA_VISIBLE_DEVICES numbers them; None leaves it those that ft sees."""
-    concurrency: int = field(default=32, validator=_positive)
+    concurrency: int = field(default=32, validator=positive)
     """Prompts that are asked for at a time."""
-    startup: float = field(default=600.0, validator=_positive)
+    startup: float = field(default=600.0, validator=positive)
     """Seconds a server may take to start before the run stops."""
-    timeout: float = field(default=600.0, validator=_positive)
+    timeout: float = field(default=600.0, validator=positive)
     """Seconds a prompt's answers may take before the server counts as hung."""
-    patience: float = field(default=120.0, validator=_natural)
+    patience: float = field(default=120.0, validator=natural)
     """Seconds for which a server that we did not start is tried again when it is gone."""
-    canary: float | None = field(default=0.05, validator=validators.optional(_positive))
+    canary: float | None = field(default=0.05, validator=validators.optional(positive))
     """Largest divergence, per token, between the server's and the trainer's log-probs of a fixed text after new weights
     were sent; above it the run stops. None only logs it."""
 
@@ -86,11 +84,11 @@ class VLLM:
 class Judging:
     """How answers are scored, in processes of their own."""
 
-    workers: int = field(default=2, validator=_positive)
+    workers: int = field(default=2, validator=positive)
     """Processes that score at a time."""
-    timeout: float = field(default=30.0, validator=_positive)
+    timeout: float = field(default=30.0, validator=positive)
     """Seconds that a call of a reward function may take before its process is killed."""
-    failures: float = field(default=0.2, validator=_share)
+    failures: float = field(default=0.2, validator=share)
     """Largest share of a step's answers that a reward function may fail on before the run stops."""
     hook: Callable[..., Any] | None = None
     """Called on the first rank with each step's number and its scored answers (a list of ft.types.Rollout): a function

@@ -12,12 +12,9 @@ from typing import Any, Literal
 
 from attrs import evolve, field, frozen, validators
 
+from ft.recipe.limits import natural, positive, share
 from ft.recipe.online import VLLM, Embedded, Judging
 from ft.types import Environment, Method
-
-_positive: Any = validators.gt(0)
-_natural: Any = validators.ge(0)
-_share: Any = validators.and_(validators.ge(0.0), validators.le(1.0))
 
 _EMBEDDED, _JUDGING = Embedded(), Judging()
 
@@ -64,7 +61,7 @@ class Model:
     """How sequences share a forward; auto packs if the leak check passes; `packed` stops the run if it fails."""
     checkpointing: bool = True
     """Recompute each layer in backward instead of keeping its activations."""
-    tile: int | None = field(default=None, validator=validators.optional(_positive))
+    tile: int | None = field(default=None, validator=validators.optional(positive))
     """Tokens that an MLP, or a layer's experts, takes at a time: less memory for long rows; None takes all at once."""
     frozen: tuple[str, ...] = ()
     """Ends of parameter names that full fine-tuning leaves as they are."""
@@ -80,9 +77,9 @@ class Model:
 class LoRA:
     """Low-rank adapters, saved in peft's format."""
 
-    r: int = field(default=16, validator=_positive)
+    r: int = field(default=16, validator=positive)
     """Rank."""
-    alpha: float = field(default=32.0, validator=_positive)
+    alpha: float = field(default=32.0, validator=positive)
     """The update is scaled by alpha / r (alpha / sqrt(r) with rslora)."""
     dropout: float = field(default=0.0, validator=validators.and_(validators.ge(0.0), validators.lt(1.0)))
     """Dropout on the adapter's input; must be 0 where experts are adapted."""
@@ -107,7 +104,7 @@ class Source:
     """Configuration of a hub dataset."""
     revision: str | None = None
     """Hub branch, tag or commit."""
-    weight: float = field(default=1.0, validator=_positive)
+    weight: float = field(default=1.0, validator=positive)
     """How many times each row is seen in an epoch: 2.0 twice; 0.5 one half of the rows, newly drawn each epoch."""
     format: Format = "auto"
     """Shape of the rows; auto looks at their columns."""
@@ -145,7 +142,7 @@ class Data:
     """What happens to a longer row; counted in every case."""
     on_bad_row: Literal["raise", "skip", "quarantine"] = "raise"
     """What happens to a malformed row; quarantine copies it into the run folder."""
-    bad_rows: float = field(default=0.01, validator=_share)
+    bad_rows: float = field(default=0.01, validator=share)
     """Largest share of rows that may be skipped or quarantined before the run stops."""
     thinking: bool | None = None
     """Passed to templates that know `enable_thinking`; None leaves it to the template."""
@@ -163,15 +160,15 @@ class Data:
 class AdamW:
     """AdamW with decoupled weight decay, on float32 masters."""
 
-    lr: float = field(default=2e-4, validator=_positive)
+    lr: float = field(default=2e-4, validator=positive)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the first and second moment."""
-    eps: float = field(default=1e-8, validator=_positive)
+    eps: float = field(default=1e-8, validator=positive)
     """Added to the root of the second moment."""
-    weight_decay: float = field(default=0.0, validator=_natural)
+    weight_decay: float = field(default=0.0, validator=natural)
     """Applied to matrices; never to norms, biases and other vectors."""
-    clip: float | None = field(default=1.0, validator=validators.optional(_positive))
+    clip: float | None = field(default=1.0, validator=validators.optional(positive))
     """Largest norm of the whole gradient; None does not clip."""
     bits: Literal[32, 8] = 32
     """Bits of the moments; 8 needs the `optim` extra (torchao)."""
@@ -181,7 +178,7 @@ class AdamW:
 class Constant:
     """Warm up, then hold."""
 
-    warmup: float = field(default=0.0, validator=_natural)
+    warmup: float = field(default=0.0, validator=natural)
     """Below 1 a share of the steps, else a number of steps."""
 
 
@@ -189,9 +186,9 @@ class Constant:
 class Linear:
     """Warm up, then fall in a line to `floor` x lr."""
 
-    warmup: float = field(default=0.03, validator=_natural)
+    warmup: float = field(default=0.03, validator=natural)
     """Below 1 a share of the steps, else a number of steps."""
-    floor: float = field(default=0.0, validator=_share)
+    floor: float = field(default=0.0, validator=share)
     """Final share of the peak."""
 
 
@@ -199,9 +196,9 @@ class Linear:
 class Cosine:
     """Warm up, then fall along half a cosine to `floor` x lr."""
 
-    warmup: float = field(default=0.03, validator=_natural)
+    warmup: float = field(default=0.03, validator=natural)
     """Below 1 a share of the steps, else a number of steps."""
-    floor: float = field(default=0.1, validator=_share)
+    floor: float = field(default=0.1, validator=share)
     """Final share of the peak."""
 
 
@@ -209,11 +206,11 @@ class Cosine:
 class WSD:
     """Warm up, stay, then decay in a line to `floor` x lr."""
 
-    warmup: float = field(default=0.03, validator=_natural)
+    warmup: float = field(default=0.03, validator=natural)
     """Below 1 a share of the steps, else a number of steps."""
-    decay: float = field(default=0.2, validator=_natural)
+    decay: float = field(default=0.2, validator=natural)
     """Length of the decay: below 1 a share of the steps, else a number of steps."""
-    floor: float = field(default=0.0, validator=_share)
+    floor: float = field(default=0.0, validator=share)
     """Final share of the peak."""
 
 
@@ -221,9 +218,9 @@ class WSD:
 class Batching:
     """How much a step sees, and how much of it at a time. Only `examples` changes what is learnt."""
 
-    examples: int = field(default=32, validator=_positive)
+    examples: int = field(default=32, validator=positive)
     """Rows of one optimizer step, over all ranks."""
-    tokens: int = field(default=8192, validator=_positive)
+    tokens: int = field(default=8192, validator=positive)
     """Most tokens of one micro-batch on one rank."""
 
 
@@ -231,13 +228,13 @@ class Batching:
 class Parallel:
     """How ranks share the work (FSDP2)."""
 
-    replicate: int = field(default=1, validator=_positive)
+    replicate: int = field(default=1, validator=positive)
     """Groups of ranks that each hold a whole copy; weights are sharded inside a group."""
     reshard: bool = True
     """Free gathered weights after each layer's forward; False is faster and holds the whole model."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients are summed over ranks."""
-    timeout: float = field(default=600.0, validator=_positive)
+    timeout: float = field(default=600.0, validator=positive)
     """Seconds a rank waits for the others before the run stops."""
 
 
@@ -245,11 +242,11 @@ class Parallel:
 class Eval:
     """Loss on held-out rows, by the same path as training."""
 
-    every: int = field(default=0, validator=_natural)
+    every: int = field(default=0, validator=natural)
     """Steps between evaluations; 0 evaluates before the first step and after the last only."""
-    examples: int | None = field(default=None, validator=validators.optional(_positive))
+    examples: int | None = field(default=None, validator=validators.optional(positive))
     """Most rows to use; None uses all."""
-    patience: int | None = field(default=None, validator=validators.optional(_positive))
+    patience: int | None = field(default=None, validator=validators.optional(positive))
     """Stop after this many evaluations without a better loss; None never stops early."""
 
 
@@ -259,9 +256,9 @@ class Save:
 
     dir: Path | None = None
     """Run folder; None is runs/<name of the recipe>."""
-    every: int = field(default=100, validator=_natural)
+    every: int = field(default=100, validator=natural)
     """Steps between checkpoints; 0 saves at the end only."""
-    keep: int = field(default=2, validator=_positive)
+    keep: int = field(default=2, validator=positive)
     """Newest checkpoints to keep, besides the best."""
 
 
@@ -269,15 +266,15 @@ class Save:
 class Log:
     """What is shown and kept; metrics.jsonl is always written."""
 
-    every: int = field(default=1, validator=_positive)
+    every: int = field(default=1, validator=positive)
     """Steps between log lines. Between them nothing waits for the device."""
     sinks: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Trackers besides metrics.jsonl; one that fails is dropped with a warning, and the run goes on."""
     project: str = "ft"
     """Project name for trackers."""
-    rollouts: int = field(default=8, validator=_natural)
+    rollouts: int = field(default=8, validator=natural)
     """Answers of each step to keep in rollouts.jsonl, best to worst; two are shown on log lines. 0: none."""
-    patience: int = field(default=3, validator=_positive)
+    patience: int = field(default=3, validator=positive)
     """Steps in a row with a non-finite loss or gradient before the run stops."""
 
 
@@ -305,9 +302,9 @@ class Reference:
     """A second model of the same vocabulary, such as a teacher; it may be held in NF4. None is the trained model."""
     cached: bool = False
     """Compute each row's reference log-probs once, before the first step, and keep them in `data.cache`, by content."""
-    every: int = field(default=0, validator=validators.and_(_natural, _unmoved))
+    every: int = field(default=0, validator=validators.and_(natural, _unmoved))
     """TR-DPO: steps after which the reference becomes mix x policy + (1 - mix) x reference; 0 never moves it."""
-    mix: float = field(default=1.0, validator=validators.and_(_positive, validators.le(1.0), _moved))
+    mix: float = field(default=1.0, validator=validators.and_(positive, validators.le(1.0), _moved))
     """The policy's part in it. 1 replaces the reference; with adapters nothing else is possible."""
 
 
@@ -327,7 +324,7 @@ class Recipe:
     environment: Environment | None = None
     """What replies to the model's turns, for answers of several (ft.rollout.calculator is an example); its reward is
     the column `environment` of reward functions (ft.rollout.rewards.environment)."""
-    turns: int = field(default=8, validator=_positive)
+    turns: int = field(default=8, validator=positive)
     """Most turns of the model in an answer, each of at most `method.sampling.max_tokens`, with an environment."""
     optim: AdamW = AdamW()
     schedule: Constant | Linear | Cosine | WSD = Cosine()
@@ -337,11 +334,11 @@ class Recipe:
     eval: Eval = Eval()
     save: Save = Save()
     log: Log = Log()
-    steps: int | None = field(default=None, validator=validators.optional(_positive))
+    steps: int | None = field(default=None, validator=validators.optional(positive))
     """Optimizer steps; None counts them from `epochs`."""
-    epochs: float = field(default=1.0, validator=_positive)
+    epochs: float = field(default=1.0, validator=positive)
     """Passes over the training rows, where `steps` is None."""
-    seed: int = field(default=0, validator=_natural)
+    seed: int = field(default=0, validator=natural)
     """Decides the order of rows, fresh weights and dropout."""
     name: str = field(default="", validator=validators.matches_re(r"[\w.-]*", func=re.fullmatch))
     """Names the run folder and the tracker's run; empty is the recipe file's name."""

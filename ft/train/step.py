@@ -84,7 +84,6 @@ def run(plan: Plan, method: Method, policy: Policy, world: World, *, backward: b
             policy,
             batch,
             entropy=asks.entropy,
-            hidden=asks.hidden,
             temperature=asks.temperature,
             compare=asks.compare,
         )
