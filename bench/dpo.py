@@ -18,8 +18,6 @@ import argparse
 import json
 import random
 import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -154,45 +152,29 @@ def worker(args: argparse.Namespace) -> None:
     Path(args.result).write_text(json.dumps(result))
 
 
-def launch(who: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    result = folder / "result.json"
-    given = ["--worker", who, "--result", str(result), *sys.argv[1:], "--rows", args.rows, "--model", args.model]
-    done = subprocess.run([sys.executable, __file__, *given], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{who} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(result.read_text())
-
-
 def compare(args: argparse.Namespace) -> None:
+    from common import in_turns
     from transformers import AutoTokenizer
 
-    runs: dict[str, list[dict[str, Any]]] = {"ft": [], "trl": []}
     with tempfile.TemporaryDirectory() as name:
         folder, tokenizer = Path(name), AutoTokenizer.from_pretrained(args.model)
         args.rows = str(folder / "pairs.jsonl")
         tokens = make_pairs(args, Path(args.rows), tokenizer)
         if args.random:
             args.model = make_model(folder / "model", tokenizer)
-        for i in range(args.rounds):
-            for who in ("ft", "trl") if i % 2 == 0 else ("trl", "ft"):
-                run = launch(who, args, folder)
-                run["tokens_per_s"] = tokens / run["step_s"]
-                runs[who].append(run)
-                shown = {k: round(v, 1) for k, v in run.items() if k not in METRICS}
-                print(f"round {i + 1} {who}: {shown}", flush=True)
+        runs = in_turns(__file__, ["--rows", args.rows, "--model", args.model], args.rounds, hidden=METRICS)
+    for run in (*runs["ft"], *runs["trl"]):
+        run["tokens_per_s"] = tokens / run["step_s"]
     report(args, runs, tokens)
 
 
 def report(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]], tokens: int) -> None:
     """Medians and their ratios; stops where the first steps differ, since the two did not do the same work then."""
-    from common import record
+    from common import ratios, record
 
-    print(f"\n{args.pairs} pairs of {tokens:,} tokens a step\n{'':16}{'ft':>12}{'trl':>12}{'ft / trl':>12}")
-    summary: dict[str, Any] = {"tokens": tokens}
-    for key in ("tokens_per_s", "first_step_s", "peak_mb"):
-        ours, theirs = (statistics.median(run[key] for run in runs[who]) for who in ("ft", "trl"))
-        summary[key] = {"ft": ours, "trl": theirs, "ratio": ours / theirs}
-        print(f"{key:16}{ours:12.1f}{theirs:12.1f}{ours / theirs:12.2f}")
+    print(f"\n{args.pairs} pairs of {tokens:,} tokens a step", end="")
+    found = ratios(runs, ("tokens_per_s", "first_step_s", "peak_mb"))
+    summary: dict[str, Any] = {"tokens": tokens, **found}
     ours, theirs = runs["ft"][0], runs["trl"][0]
     for key in METRICS:
         summary[key] = {who: [runs[who][0][key][0], runs[who][0][key][-1]] for who in runs}

@@ -18,7 +18,6 @@ import os
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -173,37 +172,18 @@ def worker(args: argparse.Namespace) -> None:
     Path(args.result).write_text(json.dumps(result))
 
 
-def launch(who: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    result = folder / "result.json"
-    given = ["--rows", args.rows, "--model", args.model]
-    command = [sys.executable, __file__, "--worker", who, "--result", str(result), *sys.argv[1:], *given]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{who} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(result.read_text())
-
-
 def compare(args: argparse.Namespace) -> None:
-    from common import record
+    from common import in_turns, ratios, record
 
-    runs: dict[str, list[dict[str, Any]]] = {"ft": [], "trl": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         args.rows = str(folder / "rows.jsonl")
         make_prompts(args, Path(args.rows))
         if args.random:
             args.model = random_model(args, folder / "model")
-        for i in range(args.rounds):
-            for who in ("ft", "trl") if i % 2 == 0 else ("trl", "ft"):
-                runs[who].append(launch(who, args, folder))
-                shown = {k: round(v, 1) for k, v in runs[who][-1].items() if k != "entropy"}
-                print(f"round {i + 1} {who}: {shown}", flush=True)
-    print(f"\n{'':14}{'ft':>12}{'trl':>12}{'ft / trl':>12}")
-    summary: dict[str, Any] = {}
-    for key in ("tokens_per_s", "first_step_s", "peak_mb", "length"):
-        ours, theirs = (statistics.median(r[key] for r in runs[who]) for who in ("ft", "trl"))
-        summary[key] = {"ft": ours, "trl": theirs, "ratio": ours / theirs}
-        print(f"{key:14}{ours:12.1f}{theirs:12.1f}{ours / theirs:12.2f}")
+        given = ["--rows", args.rows, "--model", args.model]
+        runs = in_turns(__file__, given, args.rounds, hidden=("entropy",))
+    summary = ratios(runs, ("tokens_per_s", "first_step_s", "peak_mb", "length"))
     first = {who: runs[who][0]["entropy"][0] for who in runs}
     print(f"entropy of the first step: ft {first['ft']:.3f}, trl {first['trl']:.3f}")
     given = {k: v for k, v in vars(args).items() if k not in ("rows", "result", "worker")}
