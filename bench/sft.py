@@ -13,8 +13,6 @@ import argparse
 import json
 import random
 import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -122,38 +120,19 @@ def worker(args: argparse.Namespace) -> None:
     Path(args.result).write_text(json.dumps(result))
 
 
-def launch(who: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    result = folder / "result.json"
-    command = [sys.executable, __file__, "--worker", who, "--result", str(result), *sys.argv[1:], "--rows", args.rows]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{who} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(result.read_text())
-
-
 def compare(args: argparse.Namespace) -> None:
-    runs: dict[str, list[dict[str, Any]]] = {"ft": [], "trl": []}
+    from common import in_turns, ratios, record
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.rows is None:
             args.rows = str(folder / "rows.jsonl")
             make_rows(Path(args.rows), EXAMPLES * args.steps, args.seed)
-        for i in range(args.rounds):
-            for who in ("ft", "trl") if i % 2 == 0 else ("trl", "ft"):
-                runs[who].append(launch(who, args, folder))
-                shown = {k: round(v, 1) for k, v in runs[who][-1].items() if k != "losses"}
-                print(f"round {i + 1} {who}: {shown}", flush=True)
-    print(f"\n{'':14}{'ft':>12}{'trl':>12}{'ft / trl':>12}")
-    summary: dict[str, Any] = {}
-    for key in ("tokens_per_s", "first_step_s", "peak_mb"):
-        ours, theirs = (statistics.median(r[key] for r in runs[who]) for who in ("ft", "trl"))
-        summary[key] = {"ft": ours, "trl": theirs, "ratio": ours / theirs}
-        print(f"{key:14}{ours:12.1f}{theirs:12.1f}{ours / theirs:12.2f}")
+        runs = in_turns(__file__, ["--rows", args.rows], args.rounds, hidden=("losses",))
+    summary: dict[str, Any] = {**ratios(runs, ("tokens_per_s", "first_step_s", "peak_mb"))}
     ours, theirs = (runs[who][0]["losses"] for who in ("ft", "trl"))
     summary["losses"] = {"ft": [ours[0], ours[-1]], "trl": [theirs[0], theirs[-1]]}
     print(f"loss first -> last: ft {ours[0]:.3f} -> {ours[-1]:.3f}, trl {theirs[0]:.3f} -> {theirs[-1]:.3f}")
-    from common import record
-
     record("sft", {"args": {k: v for k, v in vars(args).items() if k not in ("rows", "result", "worker")}, **summary})
 
 
