@@ -5,11 +5,15 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install -q --disable-pip-version-check
 SMOLLM2 := HuggingFaceTB/SmolLM2-135M-Instruct
 export FT_MODELS ?= models
+VLLM_PYTHON := $(or $(FT_VLLM_PYTHON),$(CURDIR)/.vllm/bin/python)
 
-.PHONY: demo test check bench models clean
+.PHONY: demo demo-rl test check bench models vllm clean
 
 demo: .venv/.test models  ## the flagship rehearsed, and SmolLM2 learning to add: under ten minutes on two cores
 	$(BIN)/python bench/demo.py
+
+demo-rl: .venv/.test models vllm  ## SmolLM2 learning to add from rewards alone: two samplers, three seeds each
+	FT_VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python bench/rl.py
 
 test: .venv/.test  ## all tests that need no GPU
 	$(BIN)/pytest -n 2 -m "not gpu"
@@ -36,6 +40,11 @@ models: $(FT_MODELS)/$(SMOLLM2)/config.json  ## the real model of the demonstrat
 $(FT_MODELS)/$(SMOLLM2)/config.json: | .venv/.test
 	$(BIN)/python bench/fetch_smollm2.py
 
+vllm: | $(VLLM_PYTHON)  ## vLLM, in an environment of its own
+
+$(VLLM_PYTHON): | .venv/.test
+	$(BIN)/python bench/vllm_env.py .vllm
+
 .venv/.test: pyproject.toml
 	test -x $(BIN)/python || $(PY) -m venv .venv
 	$(PIP) $(TORCH)
@@ -47,4 +56,4 @@ $(FT_MODELS)/$(SMOLLM2)/config.json: | .venv/.test
 	touch $@
 
 clean:
-	rm -rf .venv runs .ft-cache
+	rm -rf .venv .vllm runs .ft-cache
