@@ -133,13 +133,10 @@ def test_clipped_surrogate_by_hand() -> None:
     out = grpo(logp_T, old_T, adv_T, mask_T)
     assert out.loss.item() == pytest.approx(0.6 / 4)
     assert grad(out, logp_T).tolist() == pytest.approx([0, -0.5 / 4, 1.5 / 4, 0])
-    assert [out.sums[n].item() for n in ("clip_low", "clip_high", "ratio")] == pytest.approx([0.25, 0.25, 1.0])
-    assert out.maxes["ratio_max"].item() == pytest.approx(1.5)
-    assert 1 / out.maxes["ratio_inverse_max"].item() == pytest.approx(0.5)
+    assert [out.sums[n].item() for n in ("clip_low", "clip_high")] == pytest.approx([0.25, 0.25])
     dual = grpo(logp_T, old_T, adv_T, mask_T, dual_clip=1.3)
     assert dual.loss.item() == pytest.approx(0.4 / 4) and dual.sums["clip_dual"].item() == pytest.approx(0.25)
     assert grpo(logp_T, old_T, adv_T, mask_T, clip=None).loss.item() == pytest.approx(0)
-    assert out.sums["approx_kl"].item() == pytest.approx((2 * (0.5 - math.log(1.5)) + 2 * (-0.5 - math.log(0.5))) / 4)
 
 
 def test_the_three_averages_by_hand() -> None:
@@ -455,10 +452,3 @@ def test_dual_clip_alone_holds_bad_answers_and_leaves_good_ones() -> None:
     out.loss.backward()
     assert float(out.loss) == pytest.approx((-4 + 3) / 2)
     assert logp_T.grad is not None and logp_T.grad.tolist() == pytest.approx([-4 / 2, 0.0])
-
-
-def test_the_divergence_from_the_old_policy_is_exact_where_it_is_small() -> None:
-    """k3 of d = 1e-3 is 5.0017e-7: a float32 exp(d) - 1 - d would be off by a tenth."""
-    logp_T, mask_T = torch.full((64,), 1e-3), torch.ones(64, dtype=torch.bool)
-    out = grpo(logp_T, torch.zeros(64), torch.ones(64), mask_T)
-    assert float(out.sums["approx_kl"]) == pytest.approx(math.expm1(1e-3) - 1e-3, rel=1e-3)

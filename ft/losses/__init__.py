@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ft.losses.preference import bco, cpo, density_ratio, kto, kto_kl, orpo, simpo
     from ft.losses.reward import bradley_terry, stepwise
     from ft.losses.sft import dft, nll
+    from ft.losses.watch import drift
 
 _FUNCTIONS = {
     "clipped": ("grpo",),
@@ -32,6 +33,7 @@ _FUNCTIONS = {
     "preference": ("bco", "cpo", "density_ratio", "kto", "kto_kl", "orpo", "simpo"),
     "reward": ("bradley_terry", "stepwise"),
     "sft": ("dft", "nll"),
+    "watch": ("drift",),
 }
 _MODULES = ("advantage", "ebft", "entropy", "importance", "kl")
 _HOME = {name: module for module, names in _FUNCTIONS.items() for name in names}
@@ -46,6 +48,7 @@ __all__ = [
     "dft",
     "dpo",
     "dppo",
+    "drift",
     "ebft",
     "ebft_loss",
     "entropy",

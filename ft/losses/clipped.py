@@ -105,11 +105,10 @@ def grpo(
             whatever the aggregate. ``seqs`` is refused with ``aggregate="token"``, which has no use for it.
 
     Returns:
-        Besides the loss, ``sums``: ``policy_loss``, ``ratio`` (mean), ``approx_kl`` (k3 of the policy against the old
-        one, token by token), ``clip_low`` (share of tokens with A < 0 and r under the range), ``clip_high`` (A > 0
-        and r over it), ``clip_dual``, ``kl``, and with weights ``is_weight`` (mean) and ``is_zero`` (share of tokens
-        with weight 0), ``kept``. ``maxes``: ``ratio_max`` and ``ratio_inverse_max`` (so the least ratio is
-        1 / ratio_inverse_max); both are 0 where nothing is trained.
+        Besides the loss, ``sums``: ``policy_loss``, ``clip_low`` (share of tokens with A < 0 and r under the range),
+        ``clip_high`` (A > 0 and r over it), ``clip_dual``, ``kl``, and with weights ``is_weight`` (mean) and
+        ``is_zero`` (share of tokens with weight 0), ``kept``. How far the policy has moved is no part of a loss:
+        ``ft.losses.drift`` tells.
 
     Edge cases: a call with nothing trained is 0 with a gradient of zeros. Log-ratios are held to +-20 before exp, and
     carry no gradient beyond. Whatever stands at untrained positions, NaN included, is never seen.
@@ -143,7 +142,7 @@ def finish(
     _check_kl(ref_logp_T, kl_coef, kl, kl_bias_correction)
     mask_T = t.mask.mask_T
     average.check_tokens("policy loss", mask_T, None, is_weight_T=is_weight_T, keep_T=keep_T, ref_logp_T=ref_logp_T)
-    tokens = t.trained if tokens is None else tokens
+    tokens = t.trained() if tokens is None else tokens
     count = _denominator(t, aggregate, constant, tokens, seqs)
     with torch.no_grad():
         sums = _means(t, clipped or {}, is_weight_T, keep_T, tokens)
@@ -156,7 +155,7 @@ def finish(
                 loss = torch.add(policy_loss, kl_total * scale, alpha=kl_coef)
                 slope_T = slope_T.add(kl_slope_T, alpha=kl_coef)
     loss = with_slope(upcast(t.logp_T), loss, slope_T, scale=scale)
-    return LossOutput(loss=loss, sums={"policy_loss": policy_loss, **sums}, maxes=t.maxes)
+    return LossOutput(loss=loss, sums={"policy_loss": policy_loss, **sums})
 
 
 def _denominator(t: Terms, aggregate: str, constant: float | None, tokens: Count, seqs: Count | None) -> Count:
@@ -174,7 +173,7 @@ def _denominator(t: Terms, aggregate: str, constant: float | None, tokens: Count
 
 def _scale(t: Terms, count: Count, constant: float | None) -> Tensor | float:
     """What a sum is multiplied by to be this call's share of the average; a number where the count is one."""
-    scale = share(t.trained.new_ones(()), count) if isinstance(count, Tensor) else 1 / max(count, 1)
+    scale = share(t.adv_N.new_ones(()), count) if isinstance(count, Tensor) else 1 / max(count, 1)
     return scale if constant is None else scale / constant
 
 
@@ -255,12 +254,14 @@ def _means(
     tokens: Count,
 ) -> dict[str, Tensor]:
     """Means over the trained tokens."""
-    totals = {**t.watched, **clipped}
+    totals = dict(clipped)
     if is_weight_T is not None:
         totals["is_weight"] = t.mask.keep(is_weight_T).sum()
         totals["is_zero"] = ((is_weight_T == 0) & t.mask.mask_T).sum()
     if keep_T is not None:
         totals["kept"] = t.mask.keep(keep_T).sum()
+    if not totals:
+        return {}
     means = share(torch.stack([x.to(t.adv_N.dtype) for x in totals.values()]), tokens)
     return dict(zip(totals, means.unbind(), strict=True))
 

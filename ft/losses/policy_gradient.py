@@ -2,7 +2,7 @@
 
 All take ``logp_T, old_logp_T, adv_T, mask_T`` (``reinforce`` no old one) and, as ``**common``, what ``grpo`` explains:
 ``seq_T`` or ``cu_S1``, ``adv_S``, ``aggregate``, ``constant``, ``is_weight_T``, ``keep_T``, ``ref_logp_T``,
-``kl_coef``, ``kl``, ``kl_bias_correction``, ``tokens``, ``seqs``. All return its sums and maxes as well, differentiate
+``kl_coef``, ``kl``, ``kl_bias_correction``, ``tokens``, ``seqs``. All return its sums as well, differentiate
 ``logp_T`` alone, give 0 with a gradient of zeros where nothing is trained, and hold log-ratios to +-20 before
 exp. Notation: r = exp(logp - old_logp), A the advantage, sg(.) what is taken as a constant.
 """
@@ -93,7 +93,7 @@ def cispo(
     t = terms("cispo", logp_T, old_logp_T, adv_T, mask_T, level=level, **_told_apart(common))
     ratio_N = t.ratio_N()
     clipped = {
-        "clip_low": t.counted(less(ratio_N, floor).mul_(less(t.adv_N, 0))) if floor else t.trained.new_zeros(()),
+        "clip_low": t.counted(less(ratio_N, floor).mul_(less(t.adv_N, 0))) if floor else ratio_N.new_zeros(()),
         "clip_high": t.counted(where_over(greater(t.adv_N, 0), ratio_N, cap)),
     }
     return finish(_score(t, ratio_N.clamp_(floor, cap).mul_(t.adv_N).neg_()), t, clipped=clipped, **_rest(common))

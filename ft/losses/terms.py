@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ft.losses.aggregate import Sequences, check_tokens, sequences_of
 from ft.losses.elementwise import Mask, where_over, where_within
-from ft.losses.kl import BOUND, exp_minus
+from ft.losses.kl import BOUND
 from ft.losses.reduce import check_option, check_same, upcast
 
 LEVELS = {"token": "token", "sequence": "geometric", "sequence_token": "geometric", "sequence_sum": "sequence"}
@@ -33,9 +33,10 @@ class Terms(NamedTuple):
     by_sequence: bool  # N is S
     log_ratio_N: Tensor  # held to +-20
     adv_N: Tensor
-    trained: Tensor  # how many tokens, 0-d
-    watched: dict[str, Tensor]  # sums over them
-    maxes: dict[str, Tensor]
+
+    def trained(self) -> Tensor:
+        """How many tokens, 0-d. A function, as who gives ``tokens`` may have no use for it."""
+        return trained(self.mask, self.sequences)
 
     def masked_logp_T(self) -> Tensor:
         return self.mask.keep(self.logp_T)
@@ -89,20 +90,43 @@ def terms(
     level: str = "token",
 ) -> Terms:
     """Check and mask the inputs of a policy loss, and raise the log-ratio to ``level`` (see ``grpo``)."""
+    _check_advantage(what, adv_T, adv_S, cu_S1, mask_T)
+    mask, sequences, log_T, raised_S = log_ratios(what, logp_T, old_logp_T, mask_T, seq_T, cu_S1, level)
+    by_sequence = level in ("sequence", "sequence_sum") and adv_S is not None
+    log_N = log_T
+    if raised_S is not None and sequences is not None:
+        log_N = raised_S if by_sequence else sequences.lay(raised_S)
+    adv_N = _advantage(adv_T, adv_S, mask, sequences, by_sequence=by_sequence).to(log_T.dtype)
+    return Terms(logp_T, mask, sequences, level, by_sequence, log_N, adv_N)
+
+
+def log_ratios(
+    what: str,
+    logp_T: Tensor,
+    old_logp_T: Tensor | None,
+    mask_T: Tensor,
+    seq_T: Tensor | None,
+    cu_S1: Tensor | None,
+    level: str,
+) -> tuple[Mask, Sequences | None, Tensor, Tensor | None]:
+    """The log-ratio of each token and, at levels of sequences, of each of those: 0 where untrained, held to +-20.
+
+    ``old_logp_T`` None is the policy itself. Without gradient, if called so.
+    """
     check_option("level", level, tuple(LEVELS))
-    check_tokens(what, mask_T, seq_T, logp_T=logp_T, old_logp_T=old_logp_T, adv_T=adv_T)
+    check_tokens(what, mask_T, seq_T, logp_T=logp_T, old_logp_T=old_logp_T)
     sequences = sequences_of(what, mask_T, seq_T, cu_S1)
     if sequences is None and level != "token":
         raise ValueError(f"level={level!r}: expected seq_T, the sequence of each token, or cu_S1; got None")
-    _check_advantage(what, adv_T, adv_S, cu_S1)
     mask = Mask(mask_T) if sequences is None else sequences.mask
-    by_sequence = level in ("sequence", "sequence_sum") and adv_S is not None
-    drift_T = mask.keep_(upcast(logp_T) - upcast(logp_T if old_logp_T is None else old_logp_T))
-    raised_S = None if sequences is None or level == "token" else _raised(drift_T, sequences, level)
-    drift_T.clamp_(-BOUND, BOUND)
-    watched, maxes, log_N = _watch(drift_T, raised_S, mask, sequences, by_sequence=by_sequence)
-    adv_N = _advantage(adv_T, adv_S, mask, sequences, by_sequence=by_sequence).to(drift_T.dtype)
-    return Terms(logp_T, mask, sequences, level, by_sequence, log_N, adv_N, watched.pop("tokens"), watched, maxes)
+    log_T = mask.keep_(upcast(logp_T) - upcast(logp_T if old_logp_T is None else old_logp_T))
+    raised_S = None if sequences is None or level == "token" else _raised(log_T, sequences, level)
+    return mask, sequences, log_T.clamp_(-BOUND, BOUND), raised_S
+
+
+def trained(mask: Mask, sequences: Sequences | None) -> Tensor:
+    """How many tokens are trained, 0-d: the sum over sequences, whose numbers are mostly needed anyway."""
+    return mask.trained_T.sum() if sequences is None else sequences.trained_S.sum()
 
 
 def _advantage(
@@ -115,32 +139,6 @@ def _advantage(
     assert sequences is not None
     adv_S = upcast(adv_S.detach())
     return where_over(adv_S, sequences.trained_S, 0.5) if by_sequence else mask.keep_(sequences.lay(adv_S))
-
-
-def _watch(
-    drift_T: Tensor, raised_S: Tensor | None, mask: Mask, sequences: Sequences | None, *, by_sequence: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Sums and maxes to log, and the log-ratio at its places. Done first, so that what it takes is free again."""
-    log_N, count_N = drift_T, mask.trained_T.to(drift_T.dtype)
-    here_N = count_N  # 1.0 where anything is trained
-    if raised_S is not None and sequences is not None:
-        log_N = raised_S if by_sequence else sequences.lay(raised_S)
-    if by_sequence and sequences is not None:
-        count_N = sequences.trained_S.to(log_N.dtype)
-        here_N = count_N.clamp(max=1)
-    ratio_N = log_N.exp()
-    # exp(d) - 1 has no digits left near d = 0. With exp(d) at hand, exp_minus is the faster.
-    k3_T = exp_minus(drift_T, ratio_N) if log_N is drift_T else torch.expm1(drift_T).sub_(drift_T)
-    watched = {"approx_kl": k3_T.sum()}
-    del k3_T
-    inverse_max = _max(here_N / ratio_N)
-    ratio_N.mul_(here_N)
-    watched |= {"tokens": count_N.sum(), "ratio": torch.dot(ratio_N, count_N)}
-    return watched, {"ratio_max": _max(ratio_N), "ratio_inverse_max": inverse_max}, log_N
-
-
-def _max(x_N: Tensor) -> Tensor:
-    return x_N.amax() if x_N.numel() else x_N.new_zeros(())
 
 
 def _raised(drift_T: Tensor, sequences: Sequences, level: str) -> Tensor:
@@ -156,9 +154,12 @@ def known(t: Terms) -> Sequences:
     return t.sequences
 
 
-def _check_advantage(what: str, adv_T: Tensor | None, adv_S: Tensor | None, cu_S1: Tensor | None) -> None:
+def _check_advantage(
+    what: str, adv_T: Tensor | None, adv_S: Tensor | None, cu_S1: Tensor | None, mask_T: Tensor
+) -> None:
     if (adv_T is None) == (adv_S is None):
         raise ValueError(f"{what}: expected one of adv_T and adv_S; got {'neither' if adv_T is None else 'both'}")
+    check_same(what, mask_T=mask_T, adv_T=adv_T)
     if adv_S is not None:
         if cu_S1 is None:
             raise ValueError(f"{what}: adv_S: expected with cu_S1, whose order it is in; got no cu_S1")

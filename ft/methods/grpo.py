@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from attrs import evolve, field, frozen, validators
 
+from ft import losses
 from ft.methods import credit, rollouts
 from ft.methods.credit import Advantage, Overlong
 from ft.methods.objectives import CISPO, DPPO, GMPO, LUSPO, RLOO, SAPO, VESPO, Clipped, Reinforce
@@ -179,9 +180,10 @@ class GRPO:
         adv_T = batch.adv_T
         assert adv_T is not None
         aggregate = self.aggregate or self.objective.aggregates[0]
+        old_T = rollouts.old_logps(logp_T, batch, self.old)
         out = self.objective.loss(
             logp_T,
-            rollouts.old_logps(logp_T, batch, self.old),
+            old_T,
             adv_T,
             batch.mask_T,
             seq_T=batch.seq_T,
@@ -195,8 +197,12 @@ class GRPO:
             seqs=None if aggregate == "token" else counts.seqs,
             **rollouts.importance(logp_T.detach(), adv_T, batch, self.correction),
         )
-        sums = {**out.sums, **rollouts.mismatch(logprobs, batch, counts)}
+        moved = losses.drift(
+            logp_T, old_T, batch.mask_T, seq_T=batch.seq_T, level=self.objective.level, tokens=counts.tokens
+        )
+        sums = {**out.sums, **moved.sums, **rollouts.mismatch(logprobs, batch, counts)}
+        out = evolve(out, sums=sums, maxes={**out.maxes, **moved.maxes})
         if not self.entropy_bonus:
-            return evolve(out, sums=sums)
+            return out
         bonus = rollouts.undecided(logp_T, logprobs.entropy_T, batch.mask_T, counts.tokens)
-        return evolve(out, loss=out.loss - self.entropy_bonus * bonus, sums=sums)
+        return evolve(out, loss=out.loss - self.entropy_bonus * bonus)

@@ -1,7 +1,8 @@
 """What a policy is trained on once answers have advantages: a class for each loss of ``ft.losses``, with its options.
 
 ``aggregates`` are the averages that fit a loss, its own first: over all "token"s, over answers ("sequence"), or a sum
-over a "constant" length. Shapes: T positions of a batch.
+over a "constant" length. ``level`` says whose the ratio is, by a user's choice or as the loss has it.
+Shapes: T positions of a batch.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class RLOO:
     """The clipped ratio of whole answers, each counted once; made for ``advantage="leave_one_out"``."""
 
     aggregates: ClassVar[tuple[str, ...]] = ("sequence",)
+    level: ClassVar[str] = "sequence_sum"
     clip: tuple[float, float] = field(default=(0.2, 0.2), validator=_range)
     """How far the ratio may fall and rise before it stops counting."""
 
@@ -76,6 +78,7 @@ class LUSPO:
     """GSPO with each answer weighted by its length."""
 
     aggregates: ClassVar[tuple[str, ...]] = ("constant",)
+    level: ClassVar[str] = "sequence"
     clip: tuple[float, float] = field(default=(0.2, 0.2), validator=_range)
     """How far the ratio may fall and rise before it stops counting."""
 
@@ -89,6 +92,7 @@ class GMPO:
     """The geometric mean of an answer's ratios, which are clipped one by one."""
 
     aggregates: ClassVar[tuple[str, ...]] = ("sequence",)
+    level: ClassVar[str] = "token"
     clip: tuple[float, float] = field(default=(0.4, 0.4), validator=_naturals)
     """Bounds of the ratio's logarithm, down and up."""
 
@@ -133,6 +137,7 @@ class VESPO:
     """The score, weighted by how near an answer's likelihood has stayed. Wants a correction by tokens, or none."""
 
     aggregates: ClassVar[tuple[str, ...]] = _EVERY
+    level: ClassVar[str] = "token"
     k: tuple[float, float] = field(default=(2.0, 3.0), validator=_naturals)
     """Power of the weight where the advantage is at least 0, and elsewhere."""
     lam: tuple[float, float] = field(default=(3.0, 2.0), validator=_naturals)
@@ -147,6 +152,7 @@ class DPPO:
     """The score where a token's probability has not moved too far from the sampler's. Wants ``old="sampler"``."""
 
     aggregates: ClassVar[tuple[str, ...]] = _EVERY
+    level: ClassVar[str] = "token"
     divergence: Literal["tv", "kl"] = "tv"
     """How the distance is measured."""
     clip: tuple[float, float] = field(default=(0.2, 0.2), validator=_naturals)
@@ -166,6 +172,7 @@ class Reinforce:
     """The score times the advantage, with no ratio: for one step on each batch of answers."""
 
     aggregates: ClassVar[tuple[str, ...]] = _EVERY
+    level: ClassVar[str] = "token"
 
     def loss(self, logp_T: Tensor, old_T: Tensor | None, adv_T: Tensor, mask_T: Tensor, **common: Any) -> LossOutput:
         return losses.reinforce(logp_T, adv_T, mask_T, **common)
