@@ -45,6 +45,7 @@ class Example:
     shared: int = 0  # positions before the first that are forwarded once for the unit (ft.data.share)
     against: Example | None = None  # this prompt with an answer that belongs to another one (KTO)
     columns: Mapping[str, Any] | None = None  # of a prompt's row: what its answers are judged by
+    row: int | None = None  # of a prompt: its number in the data
 
     def __len__(self) -> int:
         return len(self.tokens_L)
@@ -169,6 +170,7 @@ class Drawn(Protocol):
     """What gives the examples of a step."""
 
     def draw(self, step: int, n: int, seed: int) -> list[Example]: ...
+    def row(self, index: int) -> list[Example]: ...
 
 
 class Dataset(Drawn, Protocol):
@@ -178,7 +180,6 @@ class Dataset(Drawn, Protocol):
     def fingerprint(self) -> str: ...
     @property
     def rows(self) -> int: ...
-    def row(self, index: int) -> list[Example]: ...
 
 
 @frozen(kw_only=True, eq=False)
@@ -189,6 +190,9 @@ class Given:
 
     def draw(self, step: int, n: int, seed: int) -> list[Example]:
         return list(self.examples)
+
+    def row(self, index: int) -> list[Example]:
+        return [self.examples[index]]
 
 
 @frozen(kw_only=True, eq=False)
@@ -212,6 +216,8 @@ class Context:
     """What the policy says of examples as it is; every rank calls it with the same, and gets the same."""
     store: dict[str, Any] = field(factory=dict)
     """What a method keeps from one step to the next. It is lost when a run stops: what is made of it must be remade."""
+    kept: dict[str, Any] = field(factory=dict)
+    """What a method keeps in checkpoints too: JSON values and numpy arrays, the same on every rank."""
     ahead: int = 0  # batches of rollouts that are drawn while others train
 
 

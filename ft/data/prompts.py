@@ -89,7 +89,8 @@ def prepare(
         if quarantine and data.on_bad_row == "quarantine":
             bad.write(quarantine, bad.to_json(aside.rows))
     mixture = Mixture(tuple(map(len, kept)), tuple(source.weight for source in sources), data.shuffle)
-    examples = tuple(example for part in kept for example in part)
+    every = (example for part in kept for example in part)
+    examples = tuple(evolve(example, row=row) for row, example in enumerate(every))
     return Prompts(
         examples=examples, mixture=mixture, report=_report(examples, sources, kept, counts, aside),
         fingerprint=_fingerprint(sources, examples, mixture),

@@ -7,16 +7,20 @@ With its options this is GRPO, DAPO, Dr. GRPO, GSPO, RLOO, REINFORCE++ and what 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 from attrs import evolve, field, frozen, validators
 
 from ft import losses
-from ft.methods import credit, rollouts
+from ft.methods import credit, curriculum, replay, rollouts
 from ft.methods.credit import Advantage, Overlong
+from ft.methods.curriculum import Curriculum, Reroll
 from ft.methods.objectives import CISPO, DPPO, GMPO, LUSPO, RLOO, SAPO, VESPO, Clipped, Reinforce
-from ft.methods.rollouts import Correction
+from ft.methods.replay import Replay
+from ft.methods.rollouts import Correction, Drawn
 from ft.recipe.online import Sampling
+from ft.rollout.facts import Groups, varied
 from ft.types import Asks, Batch, Context, Counts, Example, LogProbs, LossOutput
 
 _natural = validators.ge(0.0)
@@ -81,6 +85,11 @@ def _fits(method: GRPO, attribute: Any, value: Overlong | None) -> None:
         raise ValueError(f"'overlong' must have a buffer of at most sampling.max_tokens={method.sampling.max_tokens}")
 
 
+def _replayed(method: GRPO, attribute: Any, value: Replay | None) -> None:
+    if value is not None and method.correction is None and method.old == "trainer":
+        raise ValueError("'replay' needs a correction, or old='sampler': held answers are an older policy's")
+
+
 @frozen(kw_only=True)
 class GRPO:
     """Answers to prompts, scored by ``rewards``, trained by a policy gradient. Formulas: ``ft.losses``.
@@ -129,6 +138,12 @@ class GRPO:
     old: Literal["trainer", "sampler"] = field(default="trainer", validator=_old)
     """Whose log-probs ratios are taken to: the trainer's before the first step on a batch, or the sampler's as it
     drew the tokens, which saves nothing but counts its age as part of the ratio."""
+    curriculum: Curriculum | None = None
+    """Choose prompts by how often they were solved; None takes them as the data gives them."""
+    reroll: Reroll | None = None
+    """Ask prompts again later that no answer solved."""
+    replay: Replay | None = field(default=None, validator=_replayed)
+    """Hold groups with spread, and train them once more in the place of groups that were scored alike."""
 
     @property
     def asks(self) -> Asks:
@@ -149,10 +164,14 @@ class GRPO:
         return ctx.store[_STORE][1]
 
     def _fresh(self, batch: int, step: int, ctx: Context) -> list[Example]:
-        groups = rollouts.drawn(
-            batch, step, ctx, self.group, again=self.resample,
-            shape=lambda found: credit.shaped(found, self.overlong, self.sampling.max_tokens),
+        past = ctx.kept.get(_STORE, {})
+        found = rollouts.drawn(
+            batch, step, ctx, self.group, again=self.resample, shape=self._shaped,
+            prompts=partial(
+                curriculum.prompts_of, ctx=ctx, past=past, curriculum=self.curriculum, reroll=self.reroll
+            ),
         )  # fmt: skip
+        groups = self._remembered(found, batch, step, ctx, past)
         examples = credit.to_examples(
             groups, self.advantage, scale=self.scale, weights=self._weights(), truncated=self.truncated,
             tokens=ctx.tokens,
@@ -161,6 +180,24 @@ class GRPO:
         if self.iterations == 1 and top is None:  # the policy as it is
             return examples
         return rollouts.with_old(examples, ctx, self.sampling.temperature, top=top)
+
+    def _remembered(self, found: Drawn, batch: int, step: int, ctx: Context, past: curriculum.Past) -> Groups:
+        """The groups to train, held ones among them. What was learnt of prompts and groups is kept."""
+        if self.curriculum is None and self.reroll is None and self.replay is None:
+            return found.groups
+        ctx.note(curriculum.numbers(past, found.every, batch, self.curriculum, self.reroll))
+        kept = dict(curriculum.learnt(past, found.every, batch, ctx, self.curriculum, self.reroll))
+        groups = found.groups
+        if self.replay is not None:
+            mixed = replay.mixed(groups, past.get("held", ()), batch, ctx.examples, self.replay)
+            groups, with_spread = mixed.groups, [group for group in self._shaped(found.every) if varied(group)]
+            kept["held"] = replay.holding(mixed.left, with_spread, batch, self.replay)
+            ctx.note(replay.numbers(mixed, kept["held"], step))
+        ctx.kept[_STORE] = kept
+        return groups
+
+    def _shaped(self, groups: Groups) -> Groups:
+        return credit.shaped(groups, self.overlong, self.sampling.max_tokens)
 
     def _weights(self) -> dict[str, float]:
         weights = {reward.short: reward.weight for reward in self.rewards}

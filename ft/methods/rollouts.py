@@ -71,37 +71,62 @@ class Correction:
 
 # Groups ---------------------------------------------------------------------------------------------------------------
 
+Asking = Callable[[int, int], list[Example]]
+"""(batch, turn) -> the prompts of that batch, each a group of its own; other prompts in each turn."""
 
-def drawn(batch: int, step: int, ctx: Context, n: int, *, again: int = 0, shape: Callable[[Groups], Any]) -> Groups:
-    """Scored groups of ``n`` answers for a batch of prompts, sampled from the policy as it is after ``step`` steps.
+
+@frozen(kw_only=True, eq=False)
+class Drawn:
+    """Scored groups of a step: those to train, and all that were sampled, with their rewards as scored."""
+
+    groups: Groups
+    every: Groups
+
+
+def drawn(
+    batch: int,
+    step: int,
+    ctx: Context,
+    n: int,
+    *,
+    again: int = 0,
+    shape: Callable[[Groups], Any],
+    prompts: Asking,
+) -> Drawn:
+    """Groups of ``n`` answers to a batch of prompts, sampled from the policy as it is after ``step`` steps and scored.
 
     Groups whose answers were all scored alike teach nothing. Up to ``again`` more times as many prompts are drawn in
     their place, and what is left over is left out; all that was sampled is told in the numbers.
 
     Args:
         shape: changes rewards before they are looked at.
+        prompts: which are asked.
     """
     timed: dict[str, float] = {"generate_s": 0.0, "score_s": 0.0}
-    found = shape(_scored(batch, step, ctx, n, 0, timed))
+    scored = _scored(batch, step, ctx, n, 0, timed, prompts)
+    found = shape(scored)
     every, good = list(found), [group for group in found if varied(group)]
     for turn in range(1, again + 1):
         if len(good) >= len(found):
             break
-        more = shape(_scored(batch, step, ctx, n, turn, timed))
+        scored = [*scored, *_scored(batch, step, ctx, n, turn, timed, prompts)]
+        more = shape(scored[len(every) :])
         every, good = [*every, *more], [*good, *(group for group in more if varied(group))]
     ctx.note({**facts(every, step=step), **timed})
     ctx.show(step, [rollout for group in every for rollout in group])
     if not again:
-        return found
+        return Drawn(groups=found, every=scored)
     kept = good[: len(found)]
     ctx.note({"groups_drawn": len(every), "groups_kept": len(kept)})
-    return kept or found
+    return Drawn(groups=kept or found, every=scored)
 
 
-def _scored(batch: int, step: int, ctx: Context, n: int, turn: int, timed: dict[str, float]) -> list[list[Rollout]]:
+def _scored(
+    batch: int, step: int, ctx: Context, n: int, turn: int, timed: dict[str, float], prompts: Asking
+) -> list[list[Rollout]]:
     assert ctx.judge is not None
     began = time.perf_counter()
-    groups = _answers(batch, step, ctx, n, turn)
+    groups = _answers(batch, step, ctx, n, turn, prompts)
     sampled = time.perf_counter()
     flat = ctx.judge.score([rollout for group in groups for rollout in group])
     timed["generate_s"] += sampled - began
@@ -109,30 +134,21 @@ def _scored(batch: int, step: int, ctx: Context, n: int, turn: int, timed: dict[
     return [flat[i : i + n] for i in range(0, len(flat), n)]
 
 
-def _answers(batch: int, step: int, ctx: Context, n: int, turn: int) -> list[list[Rollout]]:
+def _answers(batch: int, step: int, ctx: Context, n: int, turn: int, prompts: Asking) -> list[list[Rollout]]:
     """The first draw may have been made ahead, and then others are made ahead in its place."""
     sampler: Any = ctx.sampler
     if turn:
-        return sampler.rollout(prompts_of(batch, ctx, turn), n, step)
+        return sampler.rollout(prompts(batch, turn), n, step)
     if not ctx.ahead:
         sampler.sync(step)
-        return sampler.rollout(prompts_of(batch, ctx, turn), n, step)
+        return sampler.rollout(prompts(batch, turn), n, step)
     if step and not sampler.has(batch):
         ctx.say(f"rollouts that were drawn ahead of step {step + 1} are drawn again, by the policy as it is now")
     sampler.sync(step)
     for later in range(batch, batch + ctx.ahead + 1):
         if not sampler.has(later):
-            sampler.begin(later, prompts_of(later, ctx, 0), n, step)
+            sampler.begin(later, prompts(later, 0), n, step)
     return sampler.take(batch)
-
-
-def prompts_of(batch: int, ctx: Context, turn: int) -> list[Example]:
-    """The prompts of a batch; with ``turn`` others, from an order of their own. Each is a group of its own."""
-    assert ctx.data is not None
-    if not turn:
-        return ctx.data.draw(batch, ctx.examples, ctx.seed)
-    others = ctx.data.draw(batch, ctx.examples, ctx.seed + 1_000_003 * turn)
-    return [evolve(prompt, group=turn * ctx.examples + i) for i, prompt in enumerate(others)]
 
 
 # The policy that ratios are taken to ----------------------------------------------------------------------------------

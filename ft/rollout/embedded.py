@@ -19,7 +19,7 @@ from ft.models.generating import generating
 from ft.models.policy import Policy
 from ft.recipe.online import Sampling
 from ft.rollout.sampling import draws, pick
-from ft.rollout.shared import Answer, from_all_ranks
+from ft.rollout.shared import Answer, from_all_ranks, number
 from ft.types import Example, Rollout
 
 
@@ -50,7 +50,7 @@ class EmbeddedSampler:
         with generating(self.policy):
             for start in range(0, share, per):
                 chosen = mine[start : start + per]
-                names = [(step, _number(prompts[p], p), k) for p in chosen for k in range(n)]
+                names = [(step, number(prompts[p], p), k) for p in chosen for k in range(n)]
                 answers = self._answers([prompts[p].tokens_L for p in chosen], n, names, sampling)
                 for i, p in enumerate(chosen):
                     found[p] = answers[i * n : (i + 1) * n]
@@ -71,11 +71,6 @@ class EmbeddedSampler:
             sampling=sampling, stop=self.stop, world=self.world, idle=idle,
         )  # fmt: skip
         return [] if idle else answers
-
-
-def _number(prompt: Example, place: int) -> int:
-    """Of its group, which no other prompt of the step has; held-out prompts have none."""
-    return place if prompt.group is None else prompt.group
 
 
 def _rollout(prompt: Example, answer: Answer, step: int) -> Rollout:

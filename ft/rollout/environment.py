@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from attrs import define, evolve, frozen
 
+from ft.rollout.shared import number
 from ft.types import Environment, Example, Rollout, Sampler
 
 COLUMN = "environment"  # of the row, where the rewards of an environment are put for ft.rollout.rewards.environment
@@ -25,6 +26,7 @@ class _Talk:
     """An answer in the making."""
 
     prompt: Example
+    number: int  # no other answer's of the step: by which its later turns are seeded
     policy_step: int
     last: Rollout  # the turn that was sampled last
     state: Any
@@ -69,12 +71,16 @@ class EnvironmentSampler:
     def rollout(self, prompts: Sequence[Example], n: int, step: int, *, greedy: bool = False) -> list[list[Rollout]]:
         """``n`` answers to each prompt. One that reaches ``turns`` or ``longest`` in want of a turn is cut off."""
         first = self.sampler.rollout(prompts, n, step, greedy=greedy)
-        talks = [self._begun(turn) for group in first for turn in group]
+        talks = [
+            self._begun(turn, number(prompts[p], p) * n + k)
+            for p, group in enumerate(first) for k, turn in enumerate(group)
+        ]  # fmt: skip
         going = [talk for talk in talks if self._goes_on(talk, 1)]
         turn = 1
         while going:
             asked = [
-                evolve(talk.prompt, tokens_L=(ids := talk.so_far), mask_L=np.zeros(len(ids), bool)) for talk in going
+                evolve(talk.prompt, tokens_L=(ids := talk.so_far), mask_L=np.zeros(len(ids), bool), group=talk.number)
+                for talk in going
             ]
             said = self.sampler.rollout(asked, 1, step + turn * _TURN, greedy=greedy)
             for talk, (one,) in zip(going, said, strict=True):
@@ -84,9 +90,9 @@ class EnvironmentSampler:
         flat = [self._ended(talk) for talk in talks]
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 
-    def _begun(self, turn: Rollout) -> _Talk:
+    def _begun(self, turn: Rollout, number: int) -> _Talk:
         state = self.environment.reset(turn.prompt.columns or {})
-        talk = _Talk(turn.prompt, turn.policy_step, turn, state, [], [], [])
+        talk = _Talk(turn.prompt, number, turn.policy_step, turn, state, [], [], [])
         talk.hear(turn)
         return talk
 

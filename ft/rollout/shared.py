@@ -12,6 +12,7 @@ from attrs import frozen
 from ft import dist
 from ft.dist import World
 from ft.errors import FtError
+from ft.types import Example
 
 T = TypeVar("T")
 
@@ -23,6 +24,14 @@ class Answer:
     tokens_L: np.ndarray
     logp_L: np.ndarray
     stopped: bool
+
+
+def number(prompt: Example, place: int) -> int:
+    """By which a prompt's answers are seeded, wherever it stands: its group, which no other prompt of the step has.
+
+    Held-out prompts have none, and are told apart by their place.
+    """
+    return place if prompt.group is None else prompt.group
 
 
 def on_first(act: Callable[[], T], world: World, otherwise: T) -> T:

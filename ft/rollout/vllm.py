@@ -23,7 +23,7 @@ from ft.rollout import canary
 from ft.rollout.client import Client, Drawn, Malformed, Refused, Unreachable, in_parallel
 from ft.rollout.sent import Weights
 from ft.rollout.server import BASE, Server, generates, last_words, retried
-from ft.rollout.shared import Answer, from_all_ranks, on_first
+from ft.rollout.shared import Answer, from_all_ranks, number, on_first
 from ft.types import Example, Rollout
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ class VLLMSampler:
     # --- answers -----------------------------------------------------------------------------------------------------
 
     def rollout(self, prompts: Sequence[Example], n: int, step: int, *, greedy: bool = False) -> list[list[Rollout]]:
-        """``n`` answers to each prompt, the same on every rank. Seeds depend on the run's seed, step and prompt."""
+        """``n`` answers to each prompt, the same on every rank. Seeds depend on the run's seed, step and group."""
         nothing: list[list[Answer]] = [[] for _ in prompts]
         found = on_first(lambda: self.ask(prompts, n, step, greedy=greedy), self.world, nothing)
         found = from_all_ranks(found, n, self.world)
@@ -174,7 +174,7 @@ class VLLMSampler:
         client, options = self._client(), sampling_options(self.sampling, self.stop, greedy)
 
         def ask(p: int) -> list[Drawn]:
-            asked = {**options, "seed": seed_of(self.seed, step, p)}
+            asked = {**options, "seed": seed_of(self.seed, step, number(prompts[p], p))}
             return client.complete(self._model, prompts[p].tokens_L.tolist(), n, asked)
 
         return in_parallel(ask, left, self.options.concurrency)

@@ -22,7 +22,7 @@ from ft.io.stream import Entry, Tensors
 from ft.io.weights import write_weights
 from ft.models import lora
 from ft.models.build import Built
-from ft.train import reference, state
+from ft.train import kept, reference, state
 from ft.train.session import Progress, Session
 
 Say = Callable[[str], None]
@@ -77,8 +77,8 @@ def save(run: Session, progress: Progress) -> None:
         checkpoint.save(
             run.folder,
             progress.step,
-            {stem: entries, OPTIMIZER: moments, **reference.entries(run)},
-            {"progress": attrs.asdict(progress)},
+            {stem: entries, OPTIMIZER: moments, **reference.entries(run), **kept.entries(run.context.kept)},
+            {"progress": attrs.asdict(progress), **kept.document(run.context.kept)},
             documents=documents(run.built, run.recipe.model.id, run.context.tokenizer),
             keep=run.recipe.save.keep,
             best=progress.best_step or None,
@@ -111,13 +111,14 @@ def find(folder: Path, world: World, say: Say) -> Checkpoint | None:
 
 
 def restore(run: Session, saved: Checkpoint) -> Progress:
-    """Overwrite weights and optimizer by a checkpoint's; every rank takes its share."""
+    """Overwrite weights, optimizer and what the method keeps by a checkpoint's; every rank takes its share."""
     net = run.policy.scorer.model
     if run.built.attached is not None:
         lora.load_state(net, saved.open(ADAPTER))
     else:
         _fill(own_tensors(net), saved.open(MODEL), saved.path)
     reference.restore(run, saved)
+    run.context.kept.update(kept.restored(saved))
     state.restore_optimizer(run.optimizer, run.parameters, saved.open(OPTIMIZER))
     return Progress(**saved.meta["progress"])
 

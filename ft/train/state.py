@@ -1,7 +1,7 @@
 """A run's state as named tensors: whole, whatever the number of ranks, so that any number can take it up again.
 
-Trained weights and the optimizer's moments are all there is. The order of rows and the dropout are functions of
-(seed, step), so no generator and no loader has a state.
+Trained weights, the optimizer's moments and what a few methods keep (``kept``) are all there is. The order of rows and
+the dropout are functions of (seed, step), so no generator and no loader has a state.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def _one(run: Session, examples: list[Example], now: int) -> tuple[float, float]
     """A step as the loop takes it; seconds and loss."""
     recipe, world, began = run.recipe, run.world, time.perf_counter()
     state.seed_step(recipe.seed, now, world.rank)
-    context = evolve(run.context, data=Given(examples=examples))
+    context = evolve(run.context, data=Given(examples=examples), kept={})
     made = recipe.method.examples(now, context)
     plan = step.plan(made, recipe.method, run.policy, world, tokens=recipe.batch.tokens)
     out = step.reduce(step.run(plan, recipe.method, run.policy, world, backward=True), world)
