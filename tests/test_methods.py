@@ -33,11 +33,13 @@ VOCAB = 96
 TINY = Model(id="-", family="llama", dtype="float32", tiny=True)
 ADAPTER = LoRA(r=4, alpha=8.0)
 RPO = DPO(kind={"sigmoid": 1.0, "sft": 0.5})
+SORTED = {kind: DPO(beta=0.5, kind=kind) for kind in ("aot", "aot_unpaired")}  # they want their own examples
 METHODS: dict[str, Any] = {
     "dpo": DPO(beta=0.5),
     "rpo": RPO,
     "ipo": DPO(kind="ipo"),
     "ld-dpo": DPO(shared_length=0.5),
+    "wpo": DPO(beta=0.5, wpo=True),
     "orpo": ORPO(),
     "simpo": SimPO(),
     "cpo": CPO(),
@@ -219,6 +221,11 @@ def test_an_idle_rank_has_a_zero_with_a_graph(world: World, name: str) -> None:
     assert all(p.grad is not None and not whole(p.grad).any() for p in parameters.values())
 
 
+def together(method: DPO, tokens: int | None = None, examples: list[Example] = PAIRS) -> list[Example]:
+    """The pairs of a step as a method wants them that compares them with each other."""
+    return list(method.examples(0, Context(data=Rows(examples), examples=5, seed=0, tokens=tokens)))
+
+
 def on_three_ranks(folder: Path) -> None:
     """What each rank runs: a step of every method, in one micro-batch (two ranks are idle) and in three."""
     torch.set_num_threads(1)
@@ -227,9 +234,16 @@ def on_three_ranks(folder: Path) -> None:
         for (name, method), tokens in itertools.product(METHODS.items(), (512, 40)):
             out, grads, batches = one_step(method, built, world, tokens=tokens)
             assert (world.size, batches) == (3, 1)
-            if world.first:
-                found = {"loss": out.loss, **{f"sums/{k}": v for k, v in out.sums.items()}, **grads}
-                save_file({k: v.float().contiguous() for k, v in found.items()}, folder / f"{name}-{tokens}")
+            kept(folder / f"{name}-{tokens}", out, grads, world)
+        for name, method in SORTED.items():
+            out, grads, _ = one_step(method, built, world, examples=together(method))
+            kept(folder / f"{name}-512", out, grads, world)
+
+
+def kept(path: Path, out: LossOutput, grads: dict[str, Tensor], world: World) -> None:
+    if world.first:
+        found = {"loss": out.loss, **{f"sums/{k}": v for k, v in out.sums.items()}, **grads}
+        save_file({k: v.float().contiguous() for k, v in found.items()}, path)
 
 
 def test_loss_gradient_and_numbers_do_not_depend_on_the_ranks(world: World, tmp_path: Path) -> None:
@@ -238,8 +252,10 @@ def test_loss_gradient_and_numbers_do_not_depend_on_the_ranks(world: World, tmp_
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     built = model(world)
-    for (name, method), tokens in itertools.product(METHODS.items(), (512, 40)):
-        out, grads, _ = one_step(method, built, world)
+    cases = [(name, method, PAIRS, tokens) for (name, method) in METHODS.items() for tokens in (512, 40)]
+    cases += [(name, method, together(method), 512) for name, method in SORTED.items()]
+    for name, method, examples, tokens in cases:
+        out, grads, _ = one_step(method, built, world, examples=examples)
         expected = {"loss": out.loss, **{f"sums/{k}": v for k, v in out.sums.items()}, **grads}
         found = load_file(tmp_path / f"{name}-{tokens}")
         assert found.keys() == expected.keys()
@@ -378,7 +394,7 @@ def test_dpo_accepts_in_a_recipe_what_its_loss_accepts() -> None:
         assert accepted(DPO, kind=kind, **options) == fits, (kind, options)
         verdicts[fits] += 1
     assert min(verdicts.values()) > 40
-    for name in ("aot", "aot_unpaired", "sft", {"sft": 1.0}, {"sigmoid": -1.0}, {}, "sigmiod"):
+    for name in ("sft", {"sft": 1.0}, {"sigmoid": -1.0}, {}, "sigmiod"):
         assert not accepted(DPO, kind=name), name
 
 
@@ -393,6 +409,10 @@ def test_dpo_accepts_in_a_recipe_what_its_loss_accepts() -> None:
         (CPO, {"kind": "robust"}),
         (CPO, {"sft": -1.0}),
         (DPO, {"shared_length": 1.5}),
+        (DPO, {"kind": "aot", "wpo": True}),
+        (DPO, {"kind": {"sigmoid": 1.0, "aot_unpaired": 1.0}, "wpo": True}),
+        (DPO, {"wpo_cap": 1.0}),
+        (DPO, {"wpo": True, "wpo_cap": 0.0}),
     ],
 )
 def test_other_options_are_refused(cls: type, options: dict[str, Any]) -> None:

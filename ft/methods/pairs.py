@@ -7,12 +7,12 @@ A pair is a unit of two examples, the chosen one first. Packing keeps them side 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attrs import evolve
 
-from ft.errors import DataError
-from ft.types import Batch, Context, Example
+from ft.errors import DataError, RecipeError
+from ft.types import Batch, Context, Counts, Example
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,30 @@ def draw(step: int, ctx: Context, *, margin: bool = False) -> Sequence[Example]:
                 fix="fill it in, or set method.margin=False",
             )
     return examples
+
+
+def together(examples: Sequence[Example], ctx: Context) -> list[Example]:
+    """The same pairs as one unit, which packing keeps whole: for losses that compare the pairs of a step.
+
+    Other ranks have nothing to do then.
+
+    Raises:
+        RecipeError: they are longer than a micro-batch.
+    """
+    from ft.data.pack import positions
+    from ft.data.share import share_prompts
+
+    unit = [evolve(example, unit=0) for example in examples]
+    least = positions(share_prompts(unit))  # what a model forwards that can share prompts; any other forwards more
+    if ctx.tokens is not None and least > ctx.tokens:
+        raise RecipeError(
+            "this method sorts all pairs of a step among each other, and they are longer than a micro-batch",
+            where="batch.tokens",
+            expected=f"room for {len(unit) // 2} pairs, which take {least} positions or more",
+            got=str(ctx.tokens),
+            fix=f"set batch.tokens={least} or more, or fewer pairs: batch.examples; eval.examples for held-out rows",
+        )
+    return unit
 
 
 def check(batch: Batch) -> None:
@@ -79,6 +103,11 @@ def sums(x_T: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     from ft.data.pack import segment_sum
 
     return split(segment_sum(x_T, batch.seq_T, len(batch.lengths)))
+
+
+def number(counts: Counts) -> Any:
+    """How many pairs a step has. Units may hold several (``together``)."""
+    return counts.seqs / 2
 
 
 def lengths(batch: Batch) -> tuple[Tensor, Tensor]:
