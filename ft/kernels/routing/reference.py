@@ -10,25 +10,33 @@ from ft.kernels.routing import Strategy
 
 
 def route(
-    logits_TE: Tensor, strategy: Strategy, bias_E: Tensor | None = None, expert_scale_E: Tensor | None = None
+    logits_TE: Tensor,
+    strategy: Strategy,
+    bias_E: Tensor | None = None,
+    expert_scale_E: Tensor | None = None,
+    routes_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(index_TK, weight_TK); see ``ft.kernels.routing.route``."""
     wide = torch.promote_types(torch.float32, logits_TE.dtype)  # float64 stays float64
-    x_TE = logits_TE.to(wide if strategy.scores_in == "float32" else logits_TE.dtype)
-    if strategy.softcap is not None:
-        x_TE = torch.tanh(x_TE / strategy.softcap) * strategy.softcap
-    if strategy.score == "logits":
-        value_TK, index_TK = x_TE.topk(strategy.k)
-        weight_TK = value_TK.softmax(-1)
-    else:
-        p_TE = x_TE.softmax(-1) if strategy.score == "softmax" else x_TE.sigmoid()
-        index_TK = _choose(p_TE.detach(), strategy, bias_E)
-        weight_TK = _normalised(p_TE.gather(1, index_TK), strategy)
+    p_TE = _scores(logits_TE.to(wide if strategy.scores_in == "float32" else logits_TE.dtype), strategy)
+    index_TK = _choose(p_TE.detach(), strategy, bias_E)
+    if routes_TK is not None:
+        index_TK = torch.where(routes_TK < 0, index_TK, routes_TK)
+    weight_TK = _weights(p_TE.gather(1, index_TK), strategy)
     if strategy.scale != 1.0:
         weight_TK = weight_TK * strategy.scale
     if expert_scale_E is not None:
         weight_TK = weight_TK * expert_scale_E[index_TK]
     return index_TK, weight_TK.to(wide if strategy.weights_in == "float32" else logits_TE.dtype)
+
+
+def _scores(x_TE: Tensor, strategy: Strategy) -> Tensor:
+    """p of the package's text; the logits themselves for "logits"."""
+    if strategy.softcap is not None:
+        x_TE = torch.tanh(x_TE / strategy.softcap) * strategy.softcap
+    if strategy.score == "logits":
+        return x_TE
+    return x_TE.softmax(-1) if strategy.score == "softmax" else x_TE.sigmoid()
 
 
 def _choose(p_TE: Tensor, strategy: Strategy, bias_E: Tensor | None) -> Tensor:
@@ -42,7 +50,9 @@ def _choose(p_TE: Tensor, strategy: Strategy, bias_E: Tensor | None) -> Tensor:
     return c_TE.topk(strategy.k).indices
 
 
-def _normalised(weight_TK: Tensor, strategy: Strategy) -> Tensor:
+def _weights(weight_TK: Tensor, strategy: Strategy) -> Tensor:
+    if strategy.score == "logits":
+        return weight_TK.softmax(-1)
     if not strategy.normalise:
         return weight_TK
     total_T1 = weight_TK.sum(-1, keepdim=True) + strategy.eps

@@ -93,7 +93,8 @@ def _kept(c, cols, group_size, GROUPS: tl.constexpr, KEPT: tl.constexpr, TWO: tl
 
 @triton.jit
 def forward_kernel(
-    logits_ptr, bias_ptr, expert_scale_ptr, index_ptr, weight_ptr, T, E, K, group_size, softcap, eps, floor, scale,
+    logits_ptr, bias_ptr, expert_scale_ptr, routes_ptr, index_ptr, weight_ptr,
+    T, E, K, group_size, softcap, eps, floor, scale,
     SCORE: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TWO: tl.constexpr, NORMALISE: tl.constexpr,
     CAP: tl.constexpr, ROUND: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
@@ -111,10 +112,17 @@ def forward_kernel(
         kept = _kept(c, cols, group_size, GROUPS, KEPT, TWO, ROUND if bias_ptr is None else tl.float32, BG)
         c = tl.where(kept, c, float("-inf"))
     c = tl.where(cols < E, c, float("-inf"))
+    out, inside = tokens.to(tl.int64) * K + slots, (tokens < T) & (slots < K)
     index_TK = tl.zeros((BT, BK), tl.int32)
+    given_TK = index_TK
+    if routes_ptr is not None:
+        given_TK = tl.load(routes_ptr + out, mask=inside, other=-1).to(tl.int32)
     p_TK = tl.zeros((BT, BK), tl.float32)
     for k in range(K):
         _best, at = tl.max(c, 1, return_indices=True)
+        if routes_ptr is not None:
+            given_T = tl.sum(tl.where(slots == k, given_TK, 0), 1)
+            at = tl.where(given_T == -1, at, given_T)
         here = cols == at[:, None]
         index_TK = tl.where(slots == k, at[:, None], index_TK)
         p_TK = tl.where(slots == k, tl.sum(tl.where(here, p, 0.0), 1)[:, None], p_TK)
@@ -123,7 +131,6 @@ def forward_kernel(
     weight_TK = _rounded(weight_TK * scale, ROUND)
     if expert_scale_ptr is not None:
         weight_TK *= tl.load(expert_scale_ptr + index_TK).to(tl.float32)
-    out, inside = tokens.to(tl.int64) * K + slots, (tokens < T) & (slots < K)
     tl.store(index_ptr + out, index_TK.to(tl.int64), mask=inside)
     tl.store(weight_ptr + out, weight_TK.to(weight_ptr.dtype.element_ty), mask=inside)
 
@@ -174,7 +181,11 @@ def backward_kernel(
 
 
 def route(
-    logits_TE: Tensor, strategy: Strategy, bias_E: Tensor | None = None, expert_scale_E: Tensor | None = None
+    logits_TE: Tensor,
+    strategy: Strategy,
+    bias_E: Tensor | None = None,
+    expert_scale_E: Tensor | None = None,
+    routes_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(index_TK, weight_TK); see ``ft.kernels.routing.route``.
 
@@ -183,22 +194,26 @@ def route(
     """
     if logits_TE.dtype not in _TYPES:
         raise ModelError("Triton routes by floats of 16 or 32 bits", got=str(logits_TE.dtype), fix='use impl="torch"')
-    bias_E, expert_scale_E = (None if t is None else t.contiguous() for t in (bias_E, expert_scale_E))
-    return _Route.apply(logits_TE, expert_scale_E, bias_E, strategy)  # type: ignore[return-value]
+    optional = (expert_scale_E, bias_E, routes_TK)
+    return _Route.apply(logits_TE, *(None if t is None else t.contiguous() for t in optional), strategy)  # type: ignore[return-value]
 
 
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_TE: Tensor, expert_scale_E: Tensor | None, bias_E: Tensor | None, strategy: Strategy
+        ctx: Any,
+        logits_TE: Tensor,
+        expert_scale_E: Tensor | None,
+        bias_E: Tensor | None,
+        routes_TK: Tensor | None,
+        strategy: Strategy,
     ) -> tuple[Tensor, Tensor]:
         s, (T, E), logits_TE = strategy, logits_TE.shape, logits_TE.contiguous()
         index_TK = torch.empty(T, s.k, dtype=torch.int64, device=logits_TE.device)
         weight_TK = torch.empty(T, s.k, dtype=_weight_type(s, logits_TE.dtype), device=logits_TE.device)
-        config = _forward(s, E, logits_TE.dtype, bias_E is not None, expert_scale_E is not None)
-        _start(
-            config, T, logits_TE, bias_E, expert_scale_E, index_TK, weight_TK, T, E, s.k, E // s.groups, *_numbers(s)
-        )
+        given = [t is not None for t in (bias_E, expert_scale_E, routes_TK)]
+        tensors = logits_TE, bias_E, expert_scale_E, routes_TK, index_TK, weight_TK
+        _start(_forward(s, E, logits_TE.dtype, *given), T, *tensors, T, E, s.k, E // s.groups, *_numbers(s))
         ctx.strategy = strategy
         ctx.save_for_backward(logits_TE, expert_scale_E, index_TK)
         ctx.mark_non_differentiable(index_TK)
@@ -216,9 +231,9 @@ class _Route(torch.autograd.Function):
         tensors = logits_TE, expert_scale_E, index_TK, dweight_TK, dlogits_TE, dscale_TK
         _start(config, T, *tensors, T, E, s.k, *_numbers(s))
         if dscale_TK is None:
-            return dlogits_TE, None, None, None
+            return dlogits_TE, None, None, None, None
         dscale_E = dscale_TK.new_zeros(E).index_add(0, index_TK.flatten(), dscale_TK.flatten())
-        return dlogits_TE, dscale_E.to(expert_scale_E.dtype), None, None
+        return dlogits_TE, dscale_E.to(expert_scale_E.dtype), None, None, None
 
 
 def _start(config: Launch, T: int, *args: Any) -> None:
@@ -237,11 +252,12 @@ def _numbers(s: Strategy) -> tuple[float, float, float, float]:
     return s.softcap or 1.0, s.eps, s.floor, s.scale
 
 
-def _forward(s: Strategy, E: int, dtype: torch.dtype, biased: bool, scaled: bool) -> Launch:
+def _forward(s: Strategy, E: int, dtype: torch.dtype, biased: bool, scaled: bool, given: bool = False) -> Launch:
     pointers = {
         "logits_ptr": _TYPES[dtype][1],
         "bias_ptr": "*fp32" if biased else None,
         "expert_scale_ptr": _TYPES[dtype][1] if scaled else None,
+        "routes_ptr": "*i64" if given else None,
         "index_ptr": "*i64",
         "weight_ptr": _TYPES[_weight_type(s, dtype)][1],
     }
@@ -286,8 +302,10 @@ def _config(
     signature |= dict.fromkeys(("T", "K", *counts), "i32") | {"E": "i32" if E % 16 else "i32:16"}
     signature |= dict.fromkeys(("softcap", "eps", "floor", "scale"), "fp32")
     absent = {name: None for name, kind in pointers.items() if not kind}
+    named = [f"groups {s.groups}"] if s.groups > 1 else []
+    named += [text for key, text in (("expert_scale_ptr", "scaled"), ("routes_ptr", "given")) if pointers.get(key)]
     return Launch(
-        name=f"routing.{name} {s.score}, {E} experts, k {s.k}, groups {s.groups}",
+        name=", ".join([f"routing.{name} {s.score} E{E} K{s.k}", *named]),
         kernel=kernel,
         signature=signature,
         constants=absent | constants | more,
@@ -308,4 +326,5 @@ def launches() -> list[Launch]:
     for s, E, biased, scaled in shipped:
         dtype = torch.float32 if biased else torch.bfloat16
         made += [_forward(s, E, dtype, biased, scaled), _backward(s, E, dtype, scaled)]
-    return made
+    s, E = shipped[0][:2]
+    return [*made, _forward(s, E, torch.bfloat16, False, False, given=True)]
