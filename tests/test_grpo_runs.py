@@ -14,7 +14,23 @@ import torch
 from attrs import evolve
 from safetensors.torch import load_file
 
-from ft import GRPO, AdamW, Batching, Constant, Data, Judging, LoRA, Model, Recipe, RewardFunction, Sampling, Save
+from ft import (
+    GRPO,
+    AdamW,
+    Batching,
+    Constant,
+    Curriculum,
+    Data,
+    Judging,
+    LoRA,
+    Model,
+    Recipe,
+    Replay,
+    Reroll,
+    RewardFunction,
+    Sampling,
+    Save,
+)  # fmt: skip
 from ft.recipe import dump
 from ft.rollout.rewards import matches
 from ft.train.loop import train
@@ -32,7 +48,7 @@ def run(folder: Path, name: str, **changes: Any) -> Recipe:
     """Six prompts, two a step, rewarded where an answer of a random model has a letter of the first half in it."""
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(6)))
-    scored = RewardFunction(function=matches, options={"pattern": ".*[a-mA-M].*"})
+    scored = RewardFunction(function=matches, options={"pattern": changes.pop("pattern", ".*[a-mA-M].*")})
     method: Any = GRPO(rewards=scored, group=4, sampling=Sampling(max_tokens=6), **changes.pop("options", {}))
     base = Recipe(
         model=TINY, adapter=ADAPTER, data=Data(train=str(rows), cache=None), method=method, optim=AdamW(lr=1e-2),
@@ -53,25 +69,57 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, options: dict[str
     train(run(tmp_path, "parts", options=options), resume=True)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert any(line.get("grad_norm", 0) > 0 for line in lines)
+    told = lines(tmp_path / "whole")
+    assert any(line.get("grad_norm", 0) > 0 for line in told)
     if "iterations" in options:
-        ratios = [line["ratio_max"] for line in lines if "ratio_max" in line]
+        ratios = [line["ratio_max"] for line in told if "ratio_max" in line]
         assert ratios[0] == ratios[2] == 1 < max(ratios), "the second step on a batch is off the policy that drew it"
 
 
+RARE = "[a-mA-M].*"  # one answer in eight
+MEMORY: dict[str, dict[str, Any]] = {
+    "replay": {"replay": Replay(batches=2)},
+    "reroll": {"reroll": Reroll(after=1, share=0.5)},
+    "curriculum": {"curriculum": Curriculum(among=2)},
+    "all": {"replay": Replay(), "reroll": Reroll(after=1), "curriculum": Curriculum(among=2)},
+}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_what_earlier_batches_taught_is_taken_up_again(tmp_path: Path, name: str) -> None:
+    options = MEMORY[name]
+    train(run(tmp_path, "whole", options=options, pattern=RARE, steps=6))
+    train(run(tmp_path, "parts", options=options, pattern=RARE, steps=3))
+    train(run(tmp_path, "parts", options=options, pattern=RARE, steps=6), resume=True)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    asked = [(tmp_path / folder / "rollouts.jsonl").read_text() for folder in ("whole", "parts")]
+    assert asked[0] == asked[1], "the same answers to the same prompts"
+    kept = [(tmp_path / folder / "step-000006" / "meta.json").read_text() for folder in ("whole", "parts")]
+    assert kept[0] == kept[1]
+    told = [line for line in lines(tmp_path / "parts") if line.get("step", 0) > 3]
+    acted = {"replay": "groups_replayed", "reroll": "prompts_again", "curriculum": "solved_before"}
+    for option, number in acted.items():
+        if option in options:
+            assert any(line.get(number, 0) > 0 for line in told), f"{option} had something to do after the stop"
+
+
 def test_two_ranks_draw_and_learn_what_one_does(tmp_path: Path) -> None:
-    one = run(tmp_path, "one", steps=2, optim=AdamW(lr=1e-3, eps=1e-3))
+    one = run(tmp_path, "one", steps=4, pattern=RARE, options=MEMORY["all"], optim=AdamW(lr=1e-3, eps=1e-3))
     train(one)
     (tmp_path / "recipe.json").write_text(json.dumps(dump(evolve(one, save=Save(dir=tmp_path / "two")))))
     command = [sys.executable, "-m", "ft", "run", "recipe.json", "--nproc", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    found = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-             for name in ("one", "two")]  # fmt: skip
-    for a, b in zip(*([line for line in lines if "loss" in line] for lines in found), strict=True):
-        assert (a["reward"], a["length"], a["groups_alike"]) == (b["reward"], b["length"], b["groups_alike"])
+    found = [[line for line in lines(tmp_path / name) if "loss" in line] for name in ("one", "two")]
+    for a, b in zip(*found, strict=True):
+        for number in ("reward", "length", "groups_alike", "groups_replayed", "prompts_again"):
+            assert a[number] == b[number], number
         assert (a["loss"], a["entropy"]) == pytest.approx((b["loss"], b["entropy"]), abs=1e-5)
     for name, tensor in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-3, atol=2e-5)
