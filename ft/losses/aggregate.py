@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ft.losses.elementwise import Mask
+from ft.losses.elementwise import Mask, where_over
 from ft.losses.reduce import Count, check_number, check_option, check_same, share, upcast
 
 AGGREGATES = ("token", "sequence", "constant")
@@ -93,11 +93,10 @@ class Sequences:
         return self.sums(self.mask.trained_T)
 
     def sums(self, x_T: Tensor) -> Tensor:
-        """One sum for each sequence, [S], 0 in places of no sequence. No gradient.
+        """One sum for each sequence, [S], 0 in places of no sequence, of what has no gradient.
 
         The order is that of ``cu_S1``; of ``seq_T``'s ids it is one that only ``lay`` knows.
         """
-        x_T = x_T.detach()
         if self._runs is None:
             assert self.seq_T is not None
             return x_T.new_zeros(x_T.numel() + 1).index_add(0, self.seq_T, x_T)
@@ -120,6 +119,14 @@ class Sequences:
         like_T = x_S.new_empty(self.mask_T.shape)
         # The gradient of a sum by runs lays a number at each of its tokens, in a third of the time of ids.
         return torch.ops.aten._segment_reduce_backward(x_R, x_R, like_T, "sum", offsets=start_R1)
+
+    def lay_trained(self, x_S: Tensor) -> Tensor:
+        """The same at trained tokens, and 0 at the others."""
+        width = None if self._runs is None or self._runs.place_R is not None else self._runs.width
+        if width is None:
+            return self.mask.keep_(self.lay(x_S))
+        # Of rows, one pass does both.
+        return where_over(x_S[:, None].expand(-1, width), self.mask.trained_T.view(-1, width), 0.5).view(-1)
 
     @cached_property
     def _runs(self) -> _Runs | None:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ft.losses import aggregate as average
 from ft.losses import kl as kl_terms
-from ft.losses.elementwise import greater, less, with_slope
-from ft.losses.reduce import Count, check_number, check_option, share, upcast
-from ft.losses.terms import Term, Terms, known, terms
+from ft.losses.elementwise import Lay, greater, less, with_slope
+from ft.losses.reduce import Count, check_number, check_option, check_same, share, upcast
+from ft.losses.terms import Score, Spread, Term, Terms, known, terms
 from ft.types import LossOutput
 
 
@@ -123,7 +123,7 @@ def grpo(
 
 
 def finish(
-    term: Term,
+    term: Term | Score,
     t: Terms,
     *,
     clipped: Mapping[str, Tensor] | None = None,
@@ -140,21 +140,19 @@ def finish(
 ) -> LossOutput:
     """Weigh the policy term, add it up with the KL, and gather what is logged. ``clipped``: numbers of tokens, 0-d."""
     _check_kl(ref_logp_T, kl_coef, kl, kl_bias_correction)
-    mask_T = t.mask.mask_T
-    average.check_tokens("policy loss", mask_T, None, is_weight_T=is_weight_T, keep_T=keep_T, ref_logp_T=ref_logp_T)
+    check_same("policy loss", mask_T=t.mask.mask_T, is_weight_T=is_weight_T, keep_T=keep_T, ref_logp_T=ref_logp_T)
     tokens = t.trained() if tokens is None else tokens
-    count = _denominator(t, aggregate, constant, tokens, seqs)
-    with torch.no_grad():
-        sums = _means(t, clipped or {}, is_weight_T, keep_T, tokens)
-        scale = _scale(t, count, constant)
-        total, slope_T = _weighed(term, t, _factor(t, is_weight_T, keep_T), aggregate)
-        loss = policy_loss = total * scale
-        if ref_logp_T is not None:
-            kl_total, kl_slope_T, sums["kl"] = _kl(t, ref_logp_T, kl, kl_bias_correction, aggregate, tokens)
-            if kl_coef:
-                loss = torch.add(policy_loss, kl_total * scale, alpha=kl_coef)
-                slope_T = slope_T.add(kl_slope_T, alpha=kl_coef)
-    loss = with_slope(upcast(t.logp_T), loss, slope_T, scale=scale)
+    scale = _scale(t, _denominator(t, aggregate, constant, tokens, seqs), constant)
+    sums = _means(t, clipped or {}, is_weight_T, keep_T, tokens)
+    total, slope_N, lay = _weighed(term, t, _factor(t, is_weight_T, keep_T), aggregate)
+    times = -term.times  # losses go down where terms go up
+    loss = policy_loss = total * (scale * times)
+    if ref_logp_T is not None:
+        kl_total, kl_slope_T, sums["kl"] = _kl(t, ref_logp_T, kl, kl_bias_correction, aggregate, tokens)
+        if kl_coef:
+            loss = torch.add(policy_loss, kl_total * scale, alpha=kl_coef)
+            slope_N, lay = _laid((slope_N, lay)).add(kl_slope_T, alpha=kl_coef / times), None
+    loss = with_slope(upcast(t.logp_T), loss, slope_N, scale=scale * times, lay=lay)
     return LossOutput(loss=loss, sums={"policy_loss": policy_loss, **sums})
 
 
@@ -185,18 +183,36 @@ def _factor(t: Terms, is_weight_T: Tensor | None, keep_T: Tensor | None) -> Tens
     return factors[0] if len(factors) == 1 else factors[0].mul_(factors[1])
 
 
-def _weighed(term: Term, t: Terms, factor_T: Tensor | None, aggregate: str) -> tuple[Tensor, Tensor]:
-    """The sum of a term, and its slope by logp_T. Terms are 0 where nothing is trained: tokens need no mask."""
-    weight_N = factor_T
-    if term.by_sequence:
-        weight_N = (known(t).trained_S if factor_T is None else known(t).sums(factor_T)).to(term.value_N.dtype)
-    each_N = _each(t, aggregate, by_sequence=term.by_sequence)
-    if each_N is not None:
-        weight_N = each_N if weight_N is None else weight_N * each_N
+def _weighed(
+    term: Term | Score, t: Terms, factor_T: Tensor | None, aggregate: str
+) -> tuple[Tensor, Tensor, Lay | None]:
+    """The sum of a term, and its slope by logp_T (see ``Spread``). Terms are 0 where untrained: tokens need no mask."""
+    if isinstance(term, Score):
+        return _weighed_score(term, t, factor_T, aggregate)
+    weight_N = None
+    if not term.by_sequence:
+        weight_N = _product(factor_T, _each(t, aggregate, by_sequence=False))
+    elif factor_T is not None:
+        weight_N = _product(known(t).sums(factor_T), _each(t, aggregate, by_sequence=True))
+    elif aggregate != "sequence":  # where each of n tokens weighs 1 / n, sequences all weigh 1
+        weight_N = known(t).trained_S
     if weight_N is None:
-        return term.value_N.sum(), term.spread(term.slope_N)
+        return term.value_N.sum(), *term.spread(term.slope_N)
     weight_N = weight_N.to(term.value_N.dtype)
-    return torch.dot(term.value_N, weight_N), term.spread(term.slope_N * weight_N)
+    return torch.dot(term.value_N, weight_N), *term.spread(term.slope_N.mul_(weight_N))
+
+
+def _weighed_score(term: Score, t: Terms, factor_T: Tensor | None, aggregate: str) -> tuple[Tensor, Tensor, Lay | None]:
+    weight_N, logp_N, lay = term.weight_N, t.masked_logp_T().to(term.weight_N.dtype), None
+    by_sequence = term.by_sequence and factor_T is None
+    if by_sequence:
+        logp_N, lay = known(t).sums(logp_N), known(t).lay_trained
+    elif term.by_sequence:
+        weight_N = known(t).lay(weight_N)
+    more_N = _product(factor_T, _each(t, aggregate, by_sequence=by_sequence))
+    if more_N is not None:
+        weight_N.mul_(more_N)
+    return torch.dot(logp_N, weight_N), weight_N, lay
 
 
 def _each(t: Terms, aggregate: str, *, by_sequence: bool) -> Tensor | None:
@@ -207,11 +223,23 @@ def _each(t: Terms, aggregate: str, *, by_sequence: bool) -> Tensor | None:
     return each_S if by_sequence else known(t).lay(each_S)
 
 
+def _product(x_N: Tensor | None, y_N: Tensor | None) -> Tensor | None:
+    if x_N is None or y_N is None:
+        return y_N if x_N is None else x_N
+    return x_N * y_N
+
+
+def _laid(slope: Spread) -> Tensor:
+    slope_N, lay = slope
+    return slope_N if lay is None else lay(slope_N)
+
+
 def _kl(
     t: Terms, ref_logp_T: Tensor, kind: str, corrected: bool, aggregate: str, tokens: Count
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The KL's sum to be divided, that sum's slope by logp_T, and its mean over tokens."""
-    value_T, slope_T = kl_terms.value_and_slope(t.mask.keep(upcast(t.logp_T) - upcast(ref_logp_T)), kind)
+    apart_T = t.mask.keep_(upcast(t.logp_T.detach()) - upcast(ref_logp_T.detach()))
+    value_T, slope_T = kl_terms.value_and_slope(apart_T, kind)
     mean, each_T = share(value_T.sum(), tokens), _each(t, aggregate, by_sequence=False)
     slope_T = t.mask.keep(slope_T) if kind == "k1" else slope_T
     if each_T is not None:
@@ -220,29 +248,28 @@ def _kl(
         return value_T.sum(), slope_T, mean
     ratio_N = t.ratio_N()
     ratio_T = t.at_T(ratio_N)
-    by_ratio_N = (known(t).sums(value_T) if t.by_sequence else value_T) * t.ratio_slope_N(ratio_N)
-    return torch.dot(value_T, ratio_T), t.spread(by_ratio_N).addcmul(slope_T, ratio_T), mean
+    by_ratio_N = (known(t).sums(value_T) if t.by_sequence else value_T) * t.by_log_ratio_N(ratio_N)
+    return torch.dot(value_T, ratio_T), _laid(t.spread(by_ratio_N)).addcmul(slope_T, ratio_T), mean
 
 
-@torch.no_grad()
 def _surrogate(t: Terms, clip: tuple[float, float] | None, dual_clip: float | None) -> tuple[Term, dict[str, Tensor]]:
     """The clipped term, and how many tokens were clipped, by name. Exactly what is clipped has no slope."""
-    ratio_N, cost_N = t.ratio_N(), -t.adv_N
-    value_N = ratio_N * cost_N
-    slope_N, clipped = t.ratio_slope_N(ratio_N).mul_(cost_N), {}
+    ratio_N, adv_N = t.ratio_N(), t.adv_N
+    value_N = ratio_N * adv_N
+    slope_N, clipped = t.by_log_ratio_N(value_N), {}
     if dual_clip is not None:
-        hit_N = greater(ratio_N, dual_clip).mul_(less(t.adv_N, 0))
+        hit_N = greater(ratio_N, dual_clip).mul_(less(adv_N, 0))
         clipped["clip_dual"] = t.counted(hit_N)
         slope_N.addcmul_(slope_N, hit_N, value=-1)
-        value_N.addcmul_(hit_N, (dual_clip - ratio_N).mul_(cost_N))
+        value_N.addcmul_(hit_N, (dual_clip - ratio_N).mul_(adv_N))
     if clip is not None:
-        held_N = ratio_N.clamp_(1 - clip[0], 1 + clip[1]).mul_(cost_N)
-        hit_N = torch.gt(held_N, value_N, out=cost_N)  # out of the range, on the side that its advantage points to
-        torch.maximum(value_N, held_N, out=value_N)
+        held_N = ratio_N.clamp_(1 - clip[0], 1 + clip[1]).mul_(adv_N)
+        hit_N = torch.lt(held_N, value_N, out=torch.empty_like(held_N))  # out of the range, on the advantage's side
+        torch.minimum(value_N, held_N, out=value_N)
         slope_N.addcmul_(slope_N, hit_N, value=-1)
-        low_N = torch.lt(t.adv_N, 0, out=held_N).mul_(hit_N)
-        clipped["clip_low"] = t.counted(low_N)
-        clipped["clip_high"] = t.counted(hit_N.sub_(low_N))
+        every = t.counted(hit_N)
+        clipped["clip_low"] = t.counted(torch.lt(adv_N, 0, out=held_N).mul_(hit_N))
+        clipped["clip_high"] = every - clipped["clip_low"]
     return Term(value_N, slope_N, t.spread, t.by_sequence), clipped
 
 
@@ -257,12 +284,12 @@ def _means(
     totals = dict(clipped)
     if is_weight_T is not None:
         totals["is_weight"] = t.mask.keep(is_weight_T).sum()
-        totals["is_zero"] = ((is_weight_T == 0) & t.mask.mask_T).sum()
+        totals["is_zero"] = ((is_weight_T.detach() == 0) & t.mask.mask_T).sum().to(t.adv_N.dtype)
     if keep_T is not None:
         totals["kept"] = t.mask.keep(keep_T).sum()
     if not totals:
         return {}
-    means = share(torch.stack([x.to(t.adv_N.dtype) for x in totals.values()]), tokens)
+    means = share(torch.stack(list(totals.values())), tokens)
     return dict(zip(totals, means.unbind(), strict=True))
 
 

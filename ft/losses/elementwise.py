@@ -7,6 +7,7 @@ comparisons that give 1.0 and 0.0, and a value that brings its own slope. Result
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -37,26 +38,36 @@ class Mask:
         return torch.ops.aten.threshold_backward.grad_input(x_T, self.trained_T, 0.5, grad_input=x_T)
 
 
+Lay = Callable[[Tensor], Tensor]
+"""From slopes by what a few share, to the slope of each."""
+
+
 class _WithSlope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_N: Tensor, value: Tensor, slope_N: Tensor, scale: Tensor | float | None) -> Tensor:
+    def forward(
+        ctx: Any, x_N: Tensor, value: Tensor, slope_N: Tensor, scale: Tensor | float | None, lay: Lay | None
+    ) -> Tensor:
         ctx.save_for_backward(slope_N)
-        ctx.scale = scale
+        ctx.scale, ctx.lay = scale, lay
         return value.clone() if value is x_N else value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         (slope_N,) = ctx.saved_tensors
-        return (grad if ctx.scale is None else grad * ctx.scale) * slope_N, None, None, None
+        slope_N = (grad if ctx.scale is None else grad * ctx.scale) * slope_N
+        return slope_N if ctx.lay is None else ctx.lay(slope_N), None, None, None, None
 
 
-def with_slope(x_N: Tensor, value: Tensor, slope_N: Tensor, *, scale: Tensor | float | None = None) -> Tensor:
+def with_slope(
+    x_N: Tensor, value: Tensor, slope_N: Tensor, *, scale: Tensor | float | None = None, lay: Lay | None = None
+) -> Tensor:
     """``value``, [N] or a sum 0-d, whose derivative by ``x_N`` is ``slope_N``, times ``scale`` (one number) if given.
 
-    A second derivative is refused.
+    With ``lay``, the derivative is what that makes, linearly, of a slope with fewer places: nothing of x's size is then
+    made or kept before the backward. A second derivative is refused.
     """
-    return _WithSlope.apply(x_N, value, slope_N, scale)  # type: ignore[return-value]
+    return _WithSlope.apply(x_N, value, slope_N, scale, lay)  # type: ignore[return-value]
 
 
 def greater(x_N: Tensor, y: float) -> Tensor:

@@ -20,7 +20,7 @@ from ft.losses.clipped import Common, finish, grpo
 from ft.losses.elementwise import Mask, greater, less, where_over, where_within
 from ft.losses.kl import BOUND
 from ft.losses.reduce import check_number, check_option
-from ft.losses.terms import Term, Terms, terms
+from ft.losses.terms import Score, Spread, Term, Terms, terms
 from ft.types import LossOutput
 
 _LEAST = math.log(1e-8)
@@ -32,7 +32,7 @@ def reinforce(logp_T: Tensor, adv_T: Tensor | None, mask_T: Tensor, **common: Un
     For samples of another policy give ``is_weight_T``. Averaged over tokens unless ``aggregate`` says otherwise.
     """
     t = terms("reinforce", logp_T, None, adv_T, mask_T, **_told_apart(common))
-    return finish(_score(t, -t.adv_N), t, **_rest(common))
+    return finish(Score(t.adv_N), t, **_rest(common))
 
 
 def rloo(
@@ -96,7 +96,8 @@ def cispo(
         "clip_low": t.counted(less(ratio_N, floor).mul_(less(t.adv_N, 0))) if floor else ratio_N.new_zeros(()),
         "clip_high": t.counted(where_over(greater(t.adv_N, 0), ratio_N, cap)),
     }
-    return finish(_score(t, ratio_N.clamp_(floor, cap).mul_(t.adv_N).neg_()), t, clipped=clipped, **_rest(common))
+    weight_N = ratio_N.clamp_(floor, cap).mul_(t.adv_N)
+    return finish(Score(weight_N, t.by_sequence), t, clipped=clipped, **_rest(common))
 
 
 def sapo(
@@ -118,12 +119,10 @@ def sapo(
         check_number("tau", value, 0, open_low=True)
     t = terms("sapo", logp_T, old_logp_T, adv_T, mask_T, level=level, **_told_apart(common))
     tau_N, ratio_N = _either(greater(t.adv_N, 0), tau), t.ratio_N()
-    slope_N = t.ratio_slope_N(ratio_N)
+    slope_N = t.by_log_ratio_N(ratio_N)
     gate_N = ratio_N.sub_(1).mul_(tau_N).sigmoid_()
     slope_N = torch.ops.aten.sigmoid_backward.grad_input(slope_N, gate_N, grad_input=slope_N)
-    gate_N.div_(tau_N)
-    gain_N = torch.mul(t.adv_N, -4, out=tau_N)
-    term = Term(gate_N.mul_(gain_N), slope_N.mul_(gain_N), t.spread, t.by_sequence)
+    term = Term(gate_N.mul_(t.adv_N).div_(tau_N), slope_N.mul_(t.adv_N), t.spread, t.by_sequence, times=4)
     return finish(term, t, **_rest(common, aggregate="sequence"))
 
 
@@ -157,10 +156,10 @@ def gmpo(
     ratio_T = sequences.lay((sequences.sums(held_T) / sequences.length_S).exp_())
     del held_T
 
-    def spread(by_mean_T: Tensor) -> Tensor:
-        return sequences.lay(sequences.sums(by_mean_T) / sequences.length_S).mul_(slope_T)
+    def spread(by_mean_T: Tensor) -> Spread:
+        return sequences.lay(sequences.sums(by_mean_T) / sequences.length_S).mul_(slope_T), None
 
-    value_T = ratio_T.mul_(t.adv_N).neg_()  # its own derivative by the mean of logs
+    value_T = ratio_T.mul_(t.adv_N)  # its own derivative by the mean of logs
     return finish(Term(value_T, value_T, spread), t, clipped=clipped, **_fixed("gmpo", common, aggregate="sequence"))
 
 
@@ -194,16 +193,16 @@ def vespo(
         check_number(f"{name}[0]", pair[0], 0)
         check_number(f"{name}[1]", pair[1], 0)
     given = _told_apart(common)
-    t = terms("vespo", logp_T, old_logp_T, adv_T, mask_T, **given)
+    t = terms("vespo", logp_T, old_logp_T, adv_T, mask_T, lay=False, **given)
     if t.sequences is None:
         raise ValueError("vespo: expected seq_T, the sequence of each token, or cu_S1; got None")
     log_w_S = _log_answer_weight(t, t.sequences, common.pop("is_weight_T", None))
     up_S, down_S = (_log_phi(log_w_S, k[i], lam[i]).exp_() for i in (0, 1))
-    if given["adv_S"] is not None:
-        phi_T = t.sequences.lay(torch.where(given["adv_S"] < 0, down_S, up_S))
-    else:  # a sequence's advantages may differ in sign
-        phi_T = t.sequences.lay(up_S).lerp_(t.sequences.lay(down_S), less(t.adv_N, 0))
-    return finish(_score(t, phi_T.mul_(t.adv_N).neg_()), t, **_rest(common))
+    by_sequence = given["adv_S"] is not None
+    if not by_sequence:  # a sequence's advantages may differ in sign
+        up_S, down_S = t.sequences.lay(up_S), t.sequences.lay(down_S)
+    weight_N = up_S.lerp_(down_S, less(t.adv_N, 0)).mul_(t.adv_N)
+    return finish(Score(weight_N, by_sequence), t, **_rest(common))
 
 
 def dppo(
@@ -234,15 +233,9 @@ def dppo(
     far_T = (p_T - q_T).abs() if divergence == "tv" else _binary_kl(p_T, q_T, t.log_ratio_N)
     low_T = (t.adv_N <= 0) & (p_T < q_T) & (far_T > clip[0])
     high_T = (t.adv_N > 0) & (p_T > q_T) & (far_T > clip[1])
-    weight_T = torch.where(low_T | high_T, 0.0, t.ratio_N().clamp_(max=cap)).mul_(t.adv_N).neg_()
+    weight_T = torch.where(low_T | high_T, 0.0, t.ratio_N().clamp_(max=cap)).mul_(t.adv_N)
     clipped = {"clip_low": low_T.sum(), "clip_high": high_T.sum()}
-    return finish(_score(t, weight_T), t, clipped=clipped, **_rest(common))
-
-
-def _score(t: Terms, weight_N: Tensor) -> Term:
-    """weight_N logp, whose weight is a constant. ``logp_T`` is masked, and so is the slope where it is weighed."""
-    weight_T = t.at_T(weight_N)
-    return Term(t.masked_logp_T().mul_(weight_T), weight_T, lambda slope_T: slope_T)
+    return finish(Score(weight_T), t, clipped=clipped, **_rest(common))
 
 
 def _log_answer_weight(t: Terms, sequences: Sequences, is_weight_T: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ft.losses.kl import exp_minus
 from ft.losses.reduce import Count, share
-from ft.losses.terms import log_ratios, trained
+from ft.losses.terms import hold, log_ratios, trained
 
 
 class Drift(NamedTuple):
@@ -54,6 +54,7 @@ def drift(
         http://joschu.net/blog/kl-approx.html
     """
     mask, sequences, d_T, raised_S = log_ratios("drift", logp_T, old_logp_T, mask_T, seq_T, cu_S1, level)
+    hold(d_T)
     if raised_S is None or sequences is None:
         count_N = here_N = mask.trained_T.to(d_T.dtype)
         ratio_N = d_T.exp()
