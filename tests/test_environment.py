@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from ft.data.tokenizer import byte_tokenizer
 from ft.methods.credit import _example
@@ -32,11 +32,13 @@ class Scripted:
 
     script: dict[str, list[str]]  # by the prompt's first letter
     asked: list[tuple[int, list[str]]] = field(factory=list)
+    groups: list[list[int | None]] = field(factory=list)
 
     def sync(self, step: int) -> None: ...
 
     def rollout(self, prompts, n, step, *, greedy=False):
         self.asked.append((step, [words(p.tokens_L) for p in prompts]))
+        self.groups.append([p.group for p in prompts])
         return [[self._turn(prompt, step) for _ in range(n)] for prompt in prompts]
 
     def _turn(self, prompt: Example, step: int) -> Rollout:
@@ -83,6 +85,14 @@ def test_what_was_sampled_is_asked_on_from_as_it_was():
     assert step == 0 and later != step  # other draws
     assert [len(r.tokens_L) for r in second] == [2, 2] and len(first) == 2
     assert all(r.policy_step == 0 for r in first)
+
+
+def test_later_turns_are_seeded_by_the_answer():
+    """Two answers to each of two prompts: numbers 6, 7 and 2, 3 where their groups are 3 and 1."""
+    made = sampler({"a": ["<calc>1</calc>", "1"], "b": ["<calc>2</calc>", "2"]})
+    asked = [evolve(prompt("a?", "1"), group=3), evolve(prompt("b?", "2"), group=1)]
+    made.rollout(asked, 2, 0)
+    assert made.sampler.groups == [[3, 1], [6, 7, 2, 3]]  # type: ignore[attr-defined]
 
 
 def test_the_environments_reward_is_a_column():

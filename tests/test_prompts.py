@@ -77,6 +77,8 @@ def test_a_step_s_prompts_are_a_function_of_seed_and_step_each_a_group_of_its_ow
     assert draw == [[said(p) for p in found.draw(step, 4, 0)] for step in range(5)]
     assert len({text for step in draw for text in step}) == 10, "two epochs of ten rows"
     assert draw != [[said(p) for p in found.draw(step, 4, 1)] for step in range(5)]
+    assert all(said(found.row(p.row)[0]) == said(p) for p in found.draw(0, 4, 0) if p.row is not None)
+    assert sorted(p.row for p in found.draw(0, 10, 0) if p.row is not None) == list(range(10))
     twice = found.draw(0, 20, 0)
     assert [p.group for p in twice] == list(range(20)), "a row that is drawn twice is two groups"
 

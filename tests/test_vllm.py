@@ -200,6 +200,22 @@ def test_every_sampling_option_is_given_and_seeds_differ():
     assert len(seeds) == 3 * 4 * 4 and max(seeds) < 2**62
 
 
+def test_answers_are_seeded_by_their_group_wherever_it_stands(fake: Fake, world: World, tmp_path: Path):
+    made = sampler(world, tmp_path, url=fake.url, options={"canary": None, "concurrency": 1})
+    made.sync(0)
+    groups = [evolve(prompt, group=5 + i) for i, prompt in enumerate(prompts(3))]
+
+    def seeds(asked: list[Example]) -> dict[int, int]:
+        before = len(fake.asked("/v1/completions"))
+        made.ask(asked, 1, 7)
+        return {body["prompt"][-1]: body["seed"] for body in fake.asked("/v1/completions")[before:]}
+
+    found = seeds(groups)
+    assert found == {5 + i: seed_of(0, 7, 5 + i) for i in range(3)}, "the last token of prompt i is 5 + i, too"
+    assert seeds(groups[::-1]) == seeds(groups[2:] + groups[:2]) == found
+    assert seeds(prompts(3)) == {5 + i: seed_of(0, 7, i) for i in range(3)}, "without groups, by their places"
+
+
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
