@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from test_methods import PAIRS, Rows, model, one_step, oracle, world
 from torch import Tensor
 
-from ft import BCO, KTO, dist
+from ft import BCO, KTO, Data, Model, Recipe, dist
 from ft.dist import World, whole
-from ft.errors import DataError
+from ft.errors import DataError, RecipeError
 from ft.methods import rated
+from ft.recipe import dump, restore
 from ft.train import optim
 from ft.train.evaluate import evaluate
 from ft.types import Context, Example, Method
@@ -80,7 +81,62 @@ def test_bco_is_the_formula_with_the_step_s_mean_reward(world: World) -> None:
     sign_S = torch.tensor([1.0, -1.0]).repeat(len(RATED) // 2)
     out, _, _ = one_step(METHODS["bco"], built, world, examples=made(METHODS["bco"]))
     torch.testing.assert_close(out.loss.float(), -torch.nn.functional.logsigmoid(sign_S * gap_S).mean())
-    assert float(out.sums["reward"]) == pytest.approx(float(reward_S.mean()), abs=1e-5)
+    assert float(out.sums["rewards/mean"]) == pytest.approx(float(reward_S.mean()), abs=1e-5)
+    assert "reward" not in out.sums, "a name that the log takes for sampled answers"
+    assert (float(out.sums["lengths/chosen"]), float(out.sums["lengths/rejected"])) == pytest.approx((28 / 5, 28 / 5))
+
+
+# Good and bad answers of unlike prompts -------------------------------------------------------------------------------
+
+
+class Words:
+    """A tokenizer that says a token's number."""
+
+    def decode(self, tokens_L: np.ndarray, *, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return " ".join(map(str, tokens_L))
+
+
+def by_first_token(prompts: list[str]) -> list[float]:
+    """Some probability for each prompt, a function of its words alone."""
+    return [int(prompt.split()[0]) / 128 for prompt in prompts]
+
+
+def test_bad_answers_weigh_by_the_density_ratio_of_their_prompts(world: World) -> None:
+    built, method = model(world), BCO(beta=0.5, density=by_first_token, low=0.6, high=1.5)
+    p_S = torch.tensor([float(e.tokens_L[0]) / 128 for e in RATED])
+    weight_S = (p_S / (1 - p_S)).clamp(0.6, 1.5)
+    assert len(weight_S.unique()) == 3, "held below, held above, and between"
+    weight_S[::2] = 1.0  # good answers
+    reward_S = 0.5 * ratios(built, RATED)
+    sign_S = torch.tensor([1.0, -1.0]).repeat(len(RATED) // 2)
+    loss = -(weight_S * torch.nn.functional.logsigmoid(sign_S * (reward_S - reward_S.mean()))).mean()
+    examples = list(method.examples(0, evolve(context(RATED), tokenizer=Words())))
+    for tokens in (512, 40):
+        out, _, batches = one_step(method, built, world, examples=examples, tokens=tokens)
+        torch.testing.assert_close(out.loss.float(), loss, rtol=1e-5, atol=1e-6)
+        assert (batches > 1) == (tokens == 40)
+    alike, _, _ = one_step(METHODS["bco"], built, world, examples=made(METHODS["bco"]))
+    assert abs(float(out.loss - alike.loss)) > 1e-3
+
+
+def test_the_function_of_weights_is_kept_by_name() -> None:
+    recipe = Recipe(model=Model(id="a/b"), data=Data(train="a.jsonl"), method=BCO(density=by_first_token, high=5.0))
+    assert restore(dump(recipe)) == recipe
+    assert dump(recipe)["method"]["density"].endswith(":by_first_token")
+
+
+@pytest.mark.parametrize("given", [[0.5], [0.5] * 9 + [1.5], [0.5] * 9 + [float("nan")]], ids=["few", "large", "nan"])
+def test_what_is_no_probability_for_each_prompt_is_refused(given: list[float]) -> None:
+    method = BCO(density=lambda prompts: given)
+    with pytest.raises(RecipeError, match=r"method\.density: .*one probability for each prompt(?s:.*)10 numbers"):
+        method.examples(0, evolve(context(RATED), tokenizer=Words()))
+
+
+@pytest.mark.parametrize("options", [{"low": 0.1}, {"high": 2.0}, {"density": by_first_token, "low": 3.0, "high": 2.0}])
+def test_limits_of_weights_belong_to_weights(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"'(low|high)' must"):
+        BCO(**options)
 
 
 # However a step is split ----------------------------------------------------------------------------------------------

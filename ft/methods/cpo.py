@@ -16,7 +16,7 @@ Kind = Literal["sigmoid", "hinge", "ipo"]
 
 def _smoothing(method: CPO, attribute: Attribute[Any], value: float) -> None:
     if value and method.kind != "sigmoid":
-        raise ValueError(f"'label_smoothing' must be 0 with {method.kind}: for sigmoid")
+        raise ValueError(f"'label_smoothing' must be 0 with {method.kind}; it is for sigmoid")
 
 
 @frozen(kw_only=True)
@@ -43,7 +43,7 @@ class CPO:
         return pairs.weigh_chosen(batch)
 
     def loss(self, logprobs: LogProbs, batch: Batch, counts: Counts) -> LossOutput:
-        return losses.cpo(
+        out = losses.cpo(
             *pairs.sums(logprobs.logp_T, batch),
             kind=self.kind,
             beta=self.beta,
@@ -53,3 +53,4 @@ class CPO:
             tokens=counts.ce_tokens if self.sft else None,
             units=counts.units,
         )
+        return pairs.with_lengths(out, batch, counts)

@@ -34,7 +34,8 @@ def _kind(method: DPO, attribute: Attribute[Any], value: str | Mapping[str, floa
     if unknown:
         raise ValueError(f"'kind' must be of {', '.join(allowed)}; got {', '.join(unknown)}")
     if not _kinds(value) or min(mixture.values()) <= 0:
-        raise ValueError(f"'kind' must name at least one preference loss, with weights > 0; got {dict(mixture)}")
+        got = ", ".join(f"{name} {weight:g}" for name, weight in mixture.items()) or "none"
+        raise ValueError(f"'kind' must name at least one preference loss, with weights > 0; got {got}")
 
 
 def _kinds(kind: str | Mapping[str, float]) -> set[str]:
@@ -48,7 +49,9 @@ def _only(*takers: str) -> Callable[[DPO, Attribute[Any], Any], None]:
     def check(method: DPO, attribute: Attribute[Any], value: Any) -> None:
         others = sorted(_kinds(method.kind) - set(takers))
         if value != attribute.default and others:
-            raise ValueError(f"'{attribute.name}' must be left alone with {', '.join(others)}: for {', '.join(takers)}")
+            raise ValueError(
+                f"'{attribute.name}' must be left alone with {', '.join(others)}; it is for {', '.join(takers)}"
+            )
 
     return check
 

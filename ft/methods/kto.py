@@ -49,7 +49,7 @@ class KTO:
 
     def loss(self, logprobs: LogProbs, batch: Batch, counts: Counts) -> LossOutput:
         assert batch.ref_logp_T is not None
-        return losses.kto(
+        out = losses.kto(
             rated.sums(logprobs.logp_T, batch),
             rated.sums(batch.ref_logp_T, batch),
             rated.good(batch),
@@ -61,3 +61,4 @@ class KTO:
             labels=rated.labels(counts),
             units=counts.seqs,
         )
+        return rated.with_lengths(out, batch, counts)

@@ -31,10 +31,11 @@ class ORPO:
 
     def loss(self, logprobs: LogProbs, batch: Batch, counts: Counts) -> LossOutput:
         chosen_P, _ = pairs.sums(logprobs.logp_T, batch)
-        return losses.orpo(
+        out = losses.orpo(
             *pairs.means(logprobs.logp_T, batch),
             beta=self.beta,
             sft_P=chosen_P,
             tokens=counts.ce_tokens,
             units=counts.units,
         )
+        return pairs.with_lengths(out, batch, counts)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve
 
 from ft.errors import DataError, RecipeError
-from ft.types import Batch, Context, Counts, Example
+from ft.types import Batch, Context, Counts, Example, LossOutput
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,6 +114,12 @@ def lengths(batch: Batch) -> tuple[Tensor, Tensor]:
     """(chosen_P, rejected_P): trained tokens of each answer, at least 1."""
     chosen_P, rejected_P = sums(batch.mask_T, batch)
     return chosen_P.clamp(min=1), rejected_P.clamp(min=1)
+
+
+def with_lengths(out: LossOutput, batch: Batch, counts: Counts) -> LossOutput:
+    """The same loss, and the answers' mean lengths among its numbers, for losses that have no use for lengths."""
+    n_w, n_l = (n_P.sum() / number(counts) for n_P in lengths(batch))
+    return evolve(out, sums={**out.sums, "lengths/chosen": n_w, "lengths/rejected": n_l})
 
 
 def means(logp_T: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from ft.errors import DataError
-from ft.types import Batch, Context, Counts, Example
+from ft.types import Batch, Context, Counts, Example, LossOutput
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -53,12 +54,17 @@ def mismatch(examples: Sequence[Example]) -> list[Example]:
     mismatched, and ``against`` stays None.
     """
     starts = [_start(example) for example in examples]
-    prompts = [e.tokens_L[:n].tobytes() for e, n in zip(examples, starts, strict=True)]
+    prompts = [prompt(example).tobytes() for example in examples]
     return [
         example if j is None else attrs.evolve(example, against=_joined(example, starts[i], examples[j], starts[j]))
         for i, example in enumerate(examples)
         for j in [_other(prompts, i)]
     ]
+
+
+def prompt(example: Example) -> np.ndarray:
+    """What stands before the first trained token."""
+    return example.tokens_L[: _start(example)]
 
 
 def _start(example: Example) -> int:
@@ -106,7 +112,17 @@ def labels(counts: Counts) -> tuple[Any, Any]:
     return counts.desirable, counts.seqs - counts.desirable
 
 
+def with_lengths(out: LossOutput, batch: Batch, counts: Counts) -> LossOutput:
+    """The same loss, and the mean lengths of desirable and undesirable answers among its numbers."""
+    n_S, good_S = sums(batch.mask_T, batch), good(batch)
+    n_w, n_l = (_share((n_S * kind_S).sum(), n) for kind_S, n in zip((good_S, ~good_S), labels(counts), strict=True))
+    return attrs.evolve(out, sums={**out.sums, "lengths/chosen": n_w, "lengths/rejected": n_l})
+
+
 def baseline(counts: Counts) -> Any:
     """The step's mean of ``Batch.baseline_S``; 0 where there is none."""
-    count = counts.baselines
-    return counts.baseline / (count.clamp(min=1) if hasattr(count, "clamp") else max(1, count))
+    return _share(counts.baseline, counts.baselines)
+
+
+def _share(total: Any, count: Any) -> Any:
+    return total / (count.clamp(min=1) if hasattr(count, "clamp") else max(1, count))

@@ -36,7 +36,7 @@ class SimPO:
         return batch
 
     def loss(self, logprobs: LogProbs, batch: Batch, counts: Counts) -> LossOutput:
-        return losses.simpo(
+        out = losses.simpo(
             *pairs.means(logprobs.logp_T, batch),
             beta=self.beta,
             gamma=self.gamma,
@@ -44,3 +44,4 @@ class SimPO:
             label_smoothing=self.label_smoothing,
             units=counts.units,
         )
+        return pairs.with_lengths(out, batch, counts)
