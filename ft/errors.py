@@ -46,6 +46,10 @@ class CapacityError(FtError, MemoryError):
     """The machine cannot hold what was asked for: memory, disk or devices."""
 
 
+class ServerError(FtError, ConnectionError):
+    """A server that samples does not start, is gone, refuses, or does not sample from the policy."""
+
+
 class CheckpointError(FtError, RuntimeError):
     """A checkpoint is damaged, or does not belong to this run."""
 

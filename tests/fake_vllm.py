@@ -32,6 +32,8 @@ class Fake(ThreadingHTTPServer):
         self.always = ""  # a fault of every request
         self.adapters: dict[str, str] = {}
         self.deaf = False  # takes adapters, and does not apply them
+        self.closed = False  # takes no adapters at all
+        self.version, self.root, self.longest = "0.32.0+cpu", "", 256  # vLLM's, and the model's
         self.raw = False  # log-probs leave out the temperature
         self.seen: list[tuple[str, dict[str, Any]]] = []
 
@@ -57,11 +59,23 @@ class Fake(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: Fake  # type: ignore[assignment]
 
+    def do_GET(self) -> None:
+        if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
+            return self.reply(401, {"error": {"message": "Unauthorized"}})
+        if self.path == "/version" and self.server.version:
+            return self.reply(200, {"version": self.server.version})
+        if self.path == "/v1/models":
+            base = {"id": "base", "root": self.server.root, "parent": None, "max_model_len": self.server.longest}
+            return self.reply(200, {"data": [base, {"id": "x", "root": "/adapters/x", "parent": "base"}]})
+        return self.reply(404, {"detail": "Not Found"})
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append((self.path, body))
         if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
             return self.reply(401, {"error": {"message": "Unauthorized"}})
+        if self.path == "/v1/load_lora_adapter" and self.server.closed:
+            return self.reply(404, {"detail": "Not Found"})
         if self.path == "/v1/load_lora_adapter":
             if not self.server.deaf or body["lora_name"] not in self.server.adapters:
                 self.server.adapters[body["lora_name"]] = body["lora_path"]

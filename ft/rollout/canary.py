@@ -14,7 +14,7 @@ from attrs import frozen
 
 from ft.data.pack import collate
 from ft.dist import World
-from ft.errors import FtError
+from ft.errors import ServerError
 from ft.models.policy import Policy, logprobs
 from ft.types import Example
 
@@ -77,7 +77,7 @@ def compare(theirs_N: np.ndarray, ours_N: np.ndarray, older: dict[str, np.ndarra
 
 def check(verdict: Verdict, most: float | None, where: str) -> None:
     """Raises:
-    FtError: the server does not sample from the policy. ``most`` None lets everything pass.
+    ServerError: the server does not sample from the policy. ``most`` None lets everything pass.
     """
     if most is None or (verdict.divergence <= most and not verdict.resembles):
         return
@@ -89,7 +89,7 @@ def check(verdict: Verdict, most: float | None, where: str) -> None:
             "the server's log-probs are not the policy's: another model, a stale adapter, or one whose layout "
             "the server does not apply"
         )
-    raise FtError(
+    raise ServerError(
         problem, where=where, expected=f"at most {most:g}, and nearest to the present weights", got=told,
         fix="restart the server on the recipe's model; sampler=embedded needs none. Where types differ (a 4-bit base "
         "here, 16 bits there) a larger sampler.canary may be right",

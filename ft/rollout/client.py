@@ -22,12 +22,13 @@ from ft.errors import RecipeError
 
 T = TypeVar("T")
 R = TypeVar("R")
+S = TypeVar("S", bound=msgspec.Struct)
 ATTEMPTS = 3  # calls of one request before a malformed answer is final
 _LOWEST = -9000.0  # vLLM writes -9999 for the log-prob of what cannot be drawn
 
 
 class Unreachable(Exception):
-    """No connection, a broken one, no answer in time, or a server whose engine is gone (status 5xx)."""
+    """No connection, a broken one, no answer in time, or a server whose engine is gone (5xx; 501 is a refusal)."""
 
 
 class Refused(Exception):
@@ -63,6 +64,23 @@ class _Choice(msgspec.Struct):
 class _Completion(msgspec.Struct):
     model: str
     choices: list[_Choice]
+
+
+class Served(msgspec.Struct):
+    """A model, or an adapter on the one called ``parent``. ``root`` is its folder."""
+
+    id: str
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[Served]
+
+
+class _Version(msgspec.Struct):
+    version: str
 
 
 @frozen(kw_only=True)
@@ -130,13 +148,20 @@ class Client:
         """Put an adapter of this machine's disk in the place of the one called ``name``."""
         self.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder, "load_inplace": True})
 
-    def models(self) -> list[str]:
-        """Names that the server answers to."""
-        raw = self._request("GET", "/v1/models", None)
+    def models(self) -> list[Served]:
+        """What the server answers to."""
+        return self._get("/v1/models", _Models).data
+
+    def version(self) -> str:
+        """Of vLLM."""
+        return self._get("/version", _Version).version
+
+    def _get(self, path: str, kind: type[S]) -> S:
+        raw = self._request("GET", path, None)
         try:
-            return [str(entry["id"]) for entry in json.loads(raw)["data"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise Malformed(f"no list of models; it begins {raw[:200]!r}") from error
+            return msgspec.json.decode(raw, type=kind)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise Malformed(f"{error}; it begins {raw[:200]!r}") from error
 
     def post(self, path: str, body: Mapping[str, Any]) -> bytes:
         return self._request("POST", path, msgspec.json.encode(body))
@@ -161,7 +186,7 @@ class Client:
         said = _message(raw)
         raise (
             Unreachable(f"status {response.status}: {said}")
-            if response.status >= 500
+            if response.status >= 500 and response.status != 501
             else Refused(response.status, said)
         )
 
@@ -215,10 +240,15 @@ def _message(raw: bytes) -> str:
         return raw[:300].decode(errors="replace").strip()
 
 
-def in_parallel(call: Callable[[T], R], items: Sequence[T], threads: int) -> list[R | Exception | None]:
+def in_parallel(
+    call: Callable[[T], R], items: Sequence[T], threads: int, ended: threading.Event | None = None
+) -> list[R | Exception | None]:
     """``call`` of each item: its value, its exception, or None where it was not tried since another one failed.
 
     The threads are daemons: an interrupt leaves them behind, and none keeps the process from ending.
+
+    Raises:
+        Unreachable: ``ended`` was set meanwhile, and nobody waits for the answers any more.
     """
     found: list[R | Exception | None] = [None] * len(items)
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -242,5 +272,8 @@ def in_parallel(call: Callable[[T], R], items: Sequence[T], threads: int) -> lis
     for thread in crew:
         thread.start()
     for thread in crew:
-        thread.join()
+        while thread.is_alive():
+            thread.join(0.2)
+            if ended is not None and ended.is_set():
+                raise Unreachable("the run is ending")
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,13 +13,16 @@ from torch import Tensor
 
 from ft.dist import whole
 from ft.errors import RecipeError
+from ft.io import served
 from ft.io.adapter import save_adapter
-from ft.io.stream import entries
-from ft.io.weights import write_weights
-from ft.models import lora
+from ft.io.stream import Entry
+from ft.io.weights import open_weights, write_weights
+from ft.models import load, lora
 from ft.models.build import Built
 from ft.models.experts import expert_modules
 from ft.recipe import VLLM, Recipe
+from ft.rollout.foreign import Wanted
+from ft.rollout.server import context
 
 
 @frozen(kw_only=True, eq=False)
@@ -29,27 +32,31 @@ class Weights:
     adapter: bool
     gather: Callable[[], Mapping[str, Tensor]]
     write: Callable[[Path, Mapping[str, Tensor]], None]
+    wanted: Wanted | None = None  # of a server that is not ours
 
 
 def weights(recipe: Recipe, built: Built, source: Path, options: VLLM) -> Weights:
-    """What ``recipe`` trains, as vLLM reads it. ``source`` holds the model's config and tokenizer.
+    """What ``recipe`` trains, as vLLM reads it. ``source`` is the folder of the model that it serves.
 
     Raises:
         RecipeError: vLLM cannot be given it.
     """
     net, attached = built.policy.scorer.model, built.attached
-    if attached is not None and not attached.stacks:
+    stored = open_weights(source)
+    plan = load.plan(net, stored, where=str(source))
+    if attached is not None:
+        if expert_modules(net) and options.url is None and not torch.cuda.is_available():
+            raise RecipeError(
+                "vLLM on a CPU takes no adapters where a model has routed experts", where="sampler",
+                fix="set sampler=embedded, or sample on a GPU",
+            )  # fmt: skip
         config = lora.adapter_config(attached, recipe.model.id)
         return Weights(
             adapter=True,
-            gather=lambda: lora.adapter_state(net),
-            write=lambda folder, tensors: save_adapter(folder, tensors, config),
+            gather=lambda: served.adapter(lora.adapter_state(net), plan.ops),
+            write=lambda folder, tensors: save_adapter(folder, tensors, served.adapter_config(config, tensors)),
+            wanted=Wanted(model=source, context=context(recipe, options)),
         )
-    if expert_modules(net):
-        raise RecipeError(
-            "routed experts that are trained cannot be sent to vLLM: it wants them in another layout",
-            where="sampler", fix="leave experts out of adapter.targets, or set sampler=embedded",
-        )  # fmt: skip
     if options.url is not None:
         raise RecipeError(
             "all weights are trained, and only a server that ft starts can be given them", where="sampler.url",
@@ -59,16 +66,21 @@ def weights(recipe: Recipe, built: Built, source: Path, options: VLLM) -> Weight
     return Weights(
         adapter=False,
         gather=lambda: _model(net, dtype),
-        write=lambda folder, tensors: _write_model(folder, tensors, source),
+        write=lambda folder, tensors: _write_model(folder, served.model(tensors, plan, stored), source),
     )
 
 
 def _model(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Parameters, tied ones once, in the type the server computes in."""
-    return {name: whole(p.detach()).to("cpu", dtype) for name, p in net.named_parameters()}
+    """Parameters, tied ones by each name, in the type the server computes in; and the buffers that a folder stores."""
+    found: dict[str, Tensor] = {}
+    for name, slot in load.slots(net).items():
+        tensor = getattr(slot.owner, slot.leaf)
+        kept = dtype if isinstance(tensor, torch.nn.Parameter) else tensor.dtype
+        found |= dict.fromkeys((name, *slot.tied), whole(tensor.detach()).to("cpu", kept))
+    return found
 
 
-def _write_model(folder: Path, tensors: Mapping[str, Tensor], source: Path) -> None:
+def _write_model(folder: Path, items: Sequence[Entry], source: Path) -> None:
     """A model folder: these weights, and everything else of the model's own folder."""
     work = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
@@ -77,7 +89,7 @@ def _write_model(folder: Path, tensors: Mapping[str, Tensor], source: Path) -> N
         for file in documents:
             if not file.name.endswith(".index.json"):  # of the shards that it had
                 shutil.copyfile(file, work / file.name)
-        write_weights(work, entries(tensors))
+        write_weights(work, items)
         work.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 from attrs import define, field, frozen
 
-from ft.errors import CapacityError, FtError, RecipeError
+from ft.errors import CapacityError, RecipeError, ServerError
 from ft.recipe.online import VLLM
 from ft.recipe.parts import Recipe
 from ft.rollout.client import Client, Malformed, Refused, Unreachable
@@ -130,6 +130,7 @@ class Server:
     token: str = field(factory=lambda: os.environ.get(TOKEN) or secrets.token_urlsafe(24))
     process: subprocess.Popen[bytes] | None = None
     client: Client | None = None
+    ended: bool = False  # for good
 
     @property
     def alive(self) -> bool:
@@ -139,12 +140,15 @@ class Server:
         """Start it anew and wait until it generates. ``model``: another folder than the recipe's.
 
         Raises:
-            FtError: it ended, or does not generate in time; with the last lines of its log.
+            ServerError: it ended, or does not generate in time; with the last lines of its log.
         """
         self.close()
         port = self.launch.port or free_port()
         command = self.launch.command(model or self.launch.model, port)
         self.process = spawn(command, environment(self.token, self.launch.devices), self.launch.log)
+        if self.ended:  # by another thread, while or before this one started it
+            self.close()
+            raise ServerError("the vLLM server is not started: the run is ending", where=str(self.launch.log or ""))
         client = Client(url=f"http://127.0.0.1:{port}", token=self.token, timeout=self.launch.timeout)
         try:
             self._wait(client)
@@ -171,8 +175,8 @@ class Server:
                 raise self._failure("the vLLM server started, but does not generate", str(error)) from error
         raise self._failure("the vLLM server ended while it started", "no answer")
 
-    def _failure(self, problem: str, got: str) -> FtError:
-        return FtError(
+    def _failure(self, problem: str, got: str) -> ServerError:
+        return ServerError(
             problem + last_words(self.launch.log), where=str(self.launch.log or "the vLLM server"), got=got,
             fix="mend what the log names, or raise sampler.startup; sampler=embedded needs no server",
         )  # fmt: skip
@@ -184,6 +188,11 @@ class Server:
             with suppress(ProcessLookupError):  # the whole group has ended already
                 os.killpg(process.pid, SIGKILL)
             process.wait()
+
+    def end(self) -> None:
+        """Close it for good: no thread starts it again."""
+        self.ended = True
+        self.close()
 
 
 def spawn(command: Sequence[str], env: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
@@ -222,7 +231,9 @@ def last_words(log: Path | None, lines: int = 15) -> str:
     return "; its log ends:\n" + "\n".join("  | " + line[:220] for line in text.splitlines()[-lines:])
 
 
-def retried(act: Callable[[], None], patience: float, *, first: float = 0.5) -> None:
+def retried(
+    act: Callable[[], None], patience: float, *, first: float = 0.5, wait: Callable[[float], object] = time.sleep
+) -> None:
     """``act`` until it is not Unreachable, waiting twice as long each time.
 
     Raises:
@@ -235,5 +246,5 @@ def retried(act: Callable[[], None], patience: float, *, first: float = 0.5) -> 
         except Unreachable:
             if time.monotonic() + pause > deadline:
                 raise
-            time.sleep(pause)
+            wait(pause)
             pause *= 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,10 +17,10 @@ from attrs import define, field
 from torch import Tensor
 
 from ft.dist import World
-from ft.errors import CapacityError, FtError
+from ft.errors import CapacityError, FtError, ServerError
 from ft.models.policy import Policy
 from ft.recipe.online import VLLM, Sampling
-from ft.rollout import canary
+from ft.rollout import canary, foreign
 from ft.rollout.client import Client, Drawn, Malformed, Refused, Unreachable, in_parallel
 from ft.rollout.sent import Weights
 from ft.rollout.server import BASE, Server, generates, last_words, retried
@@ -55,6 +56,7 @@ class VLLMSampler:
     mended: tuple[int, int] = (-1, 0)  # step, and how often the server was mended in it
     past: dict[str, np.ndarray] = field(factory=dict)  # the canary's log-probs of older weights
     mismatch: canary.Verdict | None = None
+    closed: threading.Event = field(factory=threading.Event)
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -62,7 +64,7 @@ class VLLMSampler:
         """Send the weights, unless the server has them, and compare its log-probs with the policy's own.
 
         Raises:
-            FtError: no server, none that takes them, or one that does not sample from them; on every rank.
+            ServerError: no server, none that takes them, or one that does not sample from them; on every rank.
         """
         tensors = self.weights.gather()
         digest = _digest(tensors)
@@ -73,6 +75,8 @@ class VLLMSampler:
         self.step = step
 
     def _send(self, step: int, tensors: Mapping[str, Tensor], ours_N: np.ndarray) -> None:
+        if self.server is None and not self.sent:
+            self._insist(self._meet, step)
         self.loaded = self._written(step, tensors)
         self._insist(self._load, step)
         if not self.sent:
@@ -109,7 +113,17 @@ class VLLMSampler:
                 self.notice("the vLLM server has ended; it is started again")
             self.server.start(None if self.weights.adapter else self.loaded)
         if self.weights.adapter:
-            self._client().load_adapter(self.name, str(self.loaded))
+            client = self._client()
+            try:
+                client.load_adapter(self.name, str(self.loaded))
+            except Refused as error:
+                if error.status == 404:
+                    raise foreign.no_adapters(client, error) from error
+                raise
+
+    def _meet(self) -> None:
+        if self.weights.wanted is not None:
+            foreign.meet(self._client(), self.weights.wanted, self.notice)
 
     def _compare(self, step: int, ours_N: np.ndarray) -> None:
         client = self._client()
@@ -134,7 +148,7 @@ class VLLMSampler:
             for t in (1.0, 0.5)
         )
         if abs(warm - cold) < 1e-3:
-            raise FtError(
+            raise ServerError(
                 "the server's log-probs leave out the temperature", where=client.url,
                 expected=f"log-probs of what it draws from (temperature {self.sampling.temperature:g})",
                 got=f"{warm:.4f} at temperature 1 and {cold:.4f} at 0.5 for the likeliest token",
@@ -177,7 +191,7 @@ class VLLMSampler:
             asked = {**options, "seed": seed_of(self.seed, step, number(prompts[p], p))}
             return client.complete(self._model, prompts[p].tokens_L.tolist(), n, asked)
 
-        return in_parallel(ask, left, self.options.concurrency)
+        return in_parallel(ask, left, self.options.concurrency, self.closed)
 
     # --- what goes wrong ---------------------------------------------------------------------------------------------
 
@@ -193,10 +207,12 @@ class VLLMSampler:
         """Mend the server after ``error``, so that what failed can be tried again.
 
         Raises:
-            FtError: it cannot be mended, or was often enough in this step.
+            ServerError: it cannot be mended, or was often enough in this step; or the run is ending.
         """
         if not isinstance(error, (Unreachable, Refused, Malformed)):
             raise error
+        if self.closed.is_set():  # what failed was in flight, in another thread
+            raise ServerError("the run is ending", got=str(error)) from error
         count = self.mended[1] if self.mended[0] == step else 0
         lost = isinstance(error, Refused) and error.status == 404  # the adapter: another server stands there now
         most = 1 if self.server is not None else 3
@@ -209,24 +225,29 @@ class VLLMSampler:
         else:
             self.notice(f"the server at {self._client().url} failed ({error}); trying again")
         try:
-            retried(self._mend, 0 if self.server else self.options.patience)
+            retried(self._mend, 0 if self.server else self.options.patience, wait=self.closed.wait)
         except (Unreachable, Refused, Malformed) as again:
             raise self._failure(again, source) from again
 
     def _mend(self) -> None:
         """Up, with the last weights, and generating."""
+        if self.closed.is_set():
+            raise ServerError("the run is ending")
+        if self.loaded is None:  # nothing was sent yet
+            self._meet()
+            return
         self._load()
         client = self._client()
         generates(Client(url=client.url, token=client.token, timeout=min(client.timeout, _PROBE)), self._model)
 
-    def _failure(self, error: Exception, source: str) -> FtError:
+    def _failure(self, error: Exception, source: str) -> ServerError:
         url = self._client().url if self.server is None or self.server.client else "the vLLM server"
         log = last_words(self.server.launch.log) if self.server else ""
         kinds = {
             Refused: "the vLLM server refuses a request", Malformed: "the vLLM server sends what was not asked for",
         }  # fmt: skip
         problem = kinds.get(type(error), "the vLLM server cannot be reached")
-        return FtError(
+        return ServerError(
             problem + (f" (for {source})" if source else "") + log, where=url, got=str(error),
             fix="mend the server, then go on from the newest checkpoint with --resume",
         )  # fmt: skip
@@ -243,8 +264,9 @@ class VLLMSampler:
 
     def close(self) -> None:
         """End our server, have another one forget our adapter, and remove the folders of weights."""
+        self.closed.set()
         if self.server is not None:
-            self.server.close()
+            self.server.end()
         elif self.sent and self.world.first and self.client is not None:
             with suppress(Unreachable, Refused):
                 Client(url=self.client.url, token=self.client.token, timeout=5.0).post(

@@ -1,0 +1,94 @@
+"""A server that runs already: is it one that this run can sample from? Asked once, before anything is sent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from ft.errors import ServerError
+from ft.rollout.client import Client, Malformed, Refused, Served
+
+TESTED = "0.32"  # of vLLM; older ones may lack what is asked of them
+_START = "start one with: ft serve RECIPE; or leave sampler.url out, and the run starts its own"
+
+
+@frozen(kw_only=True)
+class Wanted:
+    """What a recipe needs of a server."""
+
+    model: Path
+    context: int  # tokens of a prompt and its answer
+
+
+def meet(client: Client, wanted: Wanted, say: Callable[[str], None]) -> None:
+    """Look at the server; an older version than we know is announced.
+
+    Raises:
+        Unreachable: nobody answers.
+        ServerError: it wants a key, is no vLLM, serves another model, or too short texts.
+    """
+    try:
+        served = client.models()
+    except Refused as error:
+        locked = error.status in (401, 403)
+        raise ServerError(
+            "the server does not take our key" if locked else "this is not a vLLM server", where=client.url,
+            got=str(error),
+            fix="set FT_VLLM_TOKEN to the key it was started with: `ft serve` prints it" if locked else _START,
+        ) from error  # fmt: skip
+    except Malformed as error:
+        raise ServerError("this is not a vLLM server", where=client.url, got=str(error), fix=_START) from error
+    with suppress(Refused, Malformed):
+        version = client.version()
+        if _number(version) < _number(TESTED):
+            say(f"the server at {client.url} runs vLLM {version}, older than what ft is tested with ({TESTED})")
+    for model in served:
+        if model.parent is None:  # not an adapter
+            _check(model, wanted, client.url)
+
+
+def _check(served: Served, wanted: Wanted, url: str) -> None:
+    if served.root and _differs(Path(served.root), wanted.model):
+        raise ServerError(
+            "the server has another model than the recipe", where=url, expected=str(wanted.model), got=served.root,
+            fix=_START,
+        )  # fmt: skip
+    if served.max_model_len is not None and served.max_model_len < wanted.context:
+        raise ServerError(
+            "the server takes shorter texts than the recipe may ask for", where=url,
+            expected=f"at least {wanted.context} tokens: data.max_tokens + sampling.max_tokens, or sampler.context",
+            got=f"{served.max_model_len}", fix="start it with a larger --max-model-len, or lower those two",
+        )  # fmt: skip
+
+
+def _differs(theirs: Path, ours: Path) -> bool:
+    """Whether both are folders here with different configs; what cannot be told is left to the canary."""
+    configs = [folder / "config.json" for folder in (theirs, ours)]
+    return all(file.is_file() for file in configs) and _read(configs[0]) != _read(configs[1])
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """(0, 32) of "0.32.0+cpu"."""
+    parts = version.split(".")[:2]
+    return tuple(int(part) if part.isdigit() else 0 for part in parts)
+
+
+def no_adapters(client: Client, error: Refused) -> ServerError:
+    """For a server that does not know the route by which it is sent adapters."""
+    return ServerError(
+        "the server takes no adapters while it runs", where=client.url, got=str(error),
+        fix="start it with `ft serve RECIPE`; a server of your own needs --enable-lora and "
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment",
+    )  # fmt: skip
