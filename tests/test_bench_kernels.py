@@ -19,7 +19,7 @@ from rich.console import Console
 from ft import cli
 from ft.commands import bench
 from ft.commands.bench import Options
-from ft.commands.kernels import contest, experts, logprobs, measure, nf4, reductions, roofline, routing, tables
+from ft.commands.kernels import contest, experts, logprobs, measure, nf4, reductions, roofline, routing, shipped, tables
 from ft.commands.kernels.contest import Contest, Cost, Results, Spec
 from ft.errors import RecipeError
 from ft.kernels import aot
@@ -149,7 +149,69 @@ def test_the_roofline_by_hand():
     copy, both = (roofline.least(Cost(bytes=2_040_000, flops=flops), peak) for flops in (0, 624_000_000))
     assert (copy.seconds, copy.bound) == (pytest.approx(1e-6), "memory")
     assert (both.seconds, both.bound) == (pytest.approx(2e-6), "products")
+    slow = roofline.least(Cost(bytes=2_040_000, flops=624_000_000), peak, single=True)  # at 19.5 TFLOP/s
+    assert (slow.seconds, slow.bound) == (pytest.approx(32e-6), "products")
     assert roofline.PEAKS.keys() == aot.TARGETS.keys()
+    assert peak.ridge == pytest.approx(312 / 2.04)
+
+
+def test_every_kernel_that_ships_has_a_problem():
+    """A kernel that is renamed or new needs its least work in ft/commands/kernels/shipped.py."""
+    pytest.importorskip("triton")
+    works = roofline.works(bench.OPS)
+    assert works.keys() == {launch.name for launch in aot.launches()}
+    assert [name for name, work in works.items() if work is None or work.cost.bytes <= 0] == []
+
+
+def test_least_work_of_kernels_by_hand():
+    pytest.importorskip("triton")
+    works = roofline.works(bench.OPS)
+
+    def least(name: str) -> tuple[int, int]:
+        work = works[name]
+        assert work is not None
+        return work.cost.bytes, work.cost.flops
+
+    # 4096 tokens' 128 bf16 logits, 8 indices of 8 bytes and 8 bf16 weights; then ids of 8 bytes beside them
+    assert least("routing.forward softmax E128 K8") == (4096 * (128 * 2 + 8 * 8 + 8 * 2), 0)
+    assert least("routing.forward softmax E128 K8, given") == (4096 * (128 * 2 + 2 * 8 * 8 + 8 * 2), 0)
+    # half a byte a value, a byte for 64 of them and 4 for 16,384; a bf16 result
+    n = 4096 * 4096
+    assert least("nf4.dequantise_kernel double") == (n // 2 + n // 64 + n // 4096 + 2 * n, 0)
+    # 16 rows in and out, 2 bytes a value
+    moved, flops = least("nf4.forward_kernel m16 double")
+    assert (moved, flops) == (n // 2 + n // 64 + n // 4096 + 2 * 16 * 4096 * 2, 2 * 16 * n)
+    # 65,536 rows read, summed for 8,192 tokens: bf16, and float32 weights
+    assert least("experts.combine, 128 rows, AMD") == (65_536 * (2048 * 2 + 4) + 8192 * 2048 * 2, 0)
+    # every one of 128 experts is reached: 1536 x 2048 weights each, in bf16
+    assert least("experts.forward, bf16, 128 rows, NVIDIA") == (
+        8192 * 2048 * 2 + 128 * 1536 * 2048 * 2 + 65_536 * 1536 * 2, 2 * 65_536 * 1536 * 2048)  # fmt: skip
+    single = works["logprobs.statistics fp32"]
+    assert single is not None and single.single and not works["logprobs.statistics bf16"].single  # type: ignore[union-attr]
+
+
+def test_rooflines_of_kernels_are_printed_and_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A kernel for each maker in one row, a kernel without a problem named, and lines of three kinds."""
+    good = {"name": "toy.a, NVIDIA", "target": "sm_80", "ok": True, "error": "", "registers": 40, "spills": 0,
+            "shared": 2048, "limit": 232_448, "fits": True}  # fmt: skip
+    rows = [good, good | {"name": "toy.a, AMD", "target": "gfx942"}, good | {"name": "toy.b"}]
+    work = shipped.Work(problem="T1", cost=Cost(bytes=2_040_000, flops=624_000_000))
+    works = {"toy.a, NVIDIA": work, "toy.a, AMD": work, "toy.b": None}
+    monkeypatch.setattr(roofline, "compiled", lambda ops: rows)
+    monkeypatch.setattr(roofline, "works", lambda ops: works)
+    _, text = run([spec()], compile=True, file=tmp_path / "k.jsonl")
+    assert "a bound, not a measurement" in text and "no problem is stated for toy.b" in text
+    printed = [line.split() for line in text.splitlines() if line.startswith("toy.a ")]
+    # 624 MFLOP at 1307 TFLOP/s take 0.477 us
+    assert printed == ["toy.a T1 2.0 MB 0.62 G 306 2 us p - - 0.477 us p".split()]
+    assert "NVIDIA, data sheet of A100" in text
+    lines = [json.loads(line) for line in (tmp_path / "k.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["timed"] * 2 + ["compiled"] * 3 + ["roofline"] * 4
+    first, second, third, case = lines[2], lines[3], lines[4], lines[5]
+    assert (first["registers"], first["problem"], first["bound"]) == (40, "T1", "products")
+    assert first["least_seconds"] == pytest.approx(2e-6) and first["intensity"] == pytest.approx(624 / 2.04)
+    assert second["target"] == "gfx942" and "bytes" not in third
+    assert (case["case"], case["target"], case["bytes"], case["bound"]) == ("ones", "sm_80", 1000, "memory")
 
 
 def test_compiled_kernels_are_a_row_each(monkeypatch: pytest.MonkeyPatch):

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from ft.commands.kernels import measure, roofline, tables
-from ft.commands.kernels.contest import DTYPES, FT, Contest, Cost, Results, Run, Spec, faults
+from ft.commands.kernels.contest import DTYPES, FT, Contest, Results, Run, Spec, faults
+from ft.commands.kernels.shipped import Work
 from ft.errors import RecipeError
 from ft.kernels import launch
 
@@ -94,7 +95,7 @@ def bench(chosen: Sequence[Spec], options: Options, console: Console) -> bool:
             tables.timings(op, lines, console)
             record(lines, options.file, console)
     if device.type == "cpu" and options.compile:
-        ahead(chosen, console)
+        ahead(chosen, options.file, console)
     return all_right
 
 
@@ -167,6 +168,7 @@ def lines(
     times = measure.turns(every, rounds)
     for name, run in every.items():
         yield {
+            "kind": "timed",
             "op": spec.op,
             "case": spec.name,
             "dtype": dtype,
@@ -195,14 +197,34 @@ def record(lines: Sequence[dict[str, Any]], file: Path | None, console: Console)
     console.print(f"  {len(lines)} lines appended to {place}", style="dim", highlight=False)
 
 
-def ahead(chosen: Sequence[Spec], console: Console) -> None:
-    """Without a GPU: whether the Triton kernels compile for each, and what it would need at least."""
-    cases: list[tuple[str, Cost]] = [(f"{s.op}: {s.name}", s.cost(torch.bfloat16)) for s in chosen]
+def ahead(chosen: Sequence[Spec], file: Path | None, console: Console) -> None:
+    """Without a GPU: whether the Triton kernels compile for each, and what they and the cases would need at least."""
+    lines: list[dict[str, Any]] = []
     console.print()
     if launch.installed():
         console.print("  compiling the Triton kernels ...", style="dim")
-        tables.kernels(roofline.compiled(list(dict.fromkeys(s.op for s in chosen))), console)
+        ops = list(dict.fromkeys(spec.op for spec in chosen))
+        rows, works = roofline.compiled(ops), roofline.works(ops)
+        tables.kernels(rows, console)
+        console.print()
+        tables.kernel_rooflines(works, rows, console)
+        lines += [compiled(row, works.get(row["name"])) for row in rows]
     else:
         console.print("triton is not installed, so no kernel was compiled (pip install 'ft[triton]')", style="yellow")
+    cases = [(spec, spec.cost(torch.bfloat16)) for spec in chosen]
     console.print()
-    tables.rooflines(cases, console)
+    tables.rooflines([(f"{spec.op}: {spec.name}", cost) for spec, cost in cases], console)
+    console.print()
+    tables.peaks(console)
+    for spec, cost in cases:
+        same = {"kind": "roofline", "op": spec.op, "case": spec.name, "dtype": "bfloat16"}
+        lines += [{**same, **roofline.bound(cost, target)} for target in roofline.PEAKS]
+    record(lines, file, console)
+
+
+def compiled(row: dict[str, Any], work: Work | None) -> dict[str, Any]:
+    """What is recorded of one kernel compiled for one target: the compiler's report, and its roofline there."""
+    line = {"kind": "compiled", "op": row["name"].partition(".")[0], **row}
+    if work is None:
+        return line
+    return {**line, "problem": work.problem, **roofline.bound(work.cost, row["target"], single=work.single)}

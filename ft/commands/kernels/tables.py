@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +11,9 @@ from rich.table import Table
 
 from ft.commands.kernels.contest import Cost
 from ft.commands.kernels.roofline import PEAKS, Least, least
+from ft.commands.kernels.shipped import Work
 
+BOUNDS = "a bound, not a measurement; m: memory binds, p: products"
 MEMORY_BOUND = 8.0  # FLOPs a byte, below which bytes say more
 
 
@@ -63,17 +65,62 @@ def cell(row: dict[str, Any]) -> str:
     return f"[red]{text}[/red]" if row["spills"] or not row["fits"] else text
 
 
+def peaks(console: Console) -> None:
+    """The figures that the rooflines stand on."""
+    table = _bounds("Peaks", "target", "memory", "16-bit products", "float32", "ridge", "source")
+    for target, peak in PEAKS.items():
+        figures = (f"{peak.memory / 1e12:.2f} TB/s", f"{peak.products / 1e12:.0f} TFLOP/s",
+                   f"{peak.single / 1e12:.4g} TFLOP/s", f"{peak.ridge:.0f} FLOP/B")  # fmt: skip
+        table.add_row(f"{target} ({peak.part})", *figures, escape(peak.source))
+    console.print(table)
+
+
+def kernel_rooflines(works: Mapping[str, Work | None], rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """A row a kernel, for the targets that it was compiled for; kernels for one maker each share a row."""
+    table = _bounds(f"Least time of each Triton kernel at one problem: {BOUNDS}",
+                    "kernel", "problem", "bytes", "FLOPs", "FLOP/B", *PEAKS)  # fmt: skip
+    compiled: dict[str, set[str]] = {}
+    for row in rows:
+        if works.get(row["name"]):
+            compiled.setdefault(row["name"], set()).add(row["target"])
+    merged: dict[str, dict[str, Work]] = {}
+    for name, targets in compiled.items():
+        kernel = name.removesuffix(", NVIDIA").removesuffix(", AMD")
+        merged.setdefault(kernel, {}).update(dict.fromkeys(targets, works[name]))  # type: ignore[misc]
+    for kernel, by_target in merged.items():
+        first = next(iter(by_target.values()))
+        cells = [
+            _bound(least(by_target[t].cost, peak, single=by_target[t].single)) if t in by_target else "-"
+            for t, peak in PEAKS.items()
+        ]
+        table.add_row(escape(kernel), first.problem, *_work(first.cost), *cells)
+    if merged:
+        console.print(table)
+    if missing := [name for name, work in works.items() if work is None]:
+        console.print(f"no problem is stated for {escape(', '.join(missing))}", style="yellow", highlight=False)
+
+
 def rooflines(cases: Sequence[tuple[str, Cost]], console: Console) -> None:
     """The least time of each case in bfloat16 on each target, and what bounds it there."""
-    table = Table(title="Least time in bfloat16: m bound by memory, p by products", title_justify="left",
-                  title_style="bold", box=None, pad_edge=False)  # fmt: skip
-    for name in ("case", "bytes", "FLOPs", *(f"{target} ({peak.part})" for target, peak in PEAKS.items())):
-        table.add_column(name, justify="left" if name == "case" else "right")
+    table = _bounds(f"Least time of each case in bfloat16: {BOUNDS}", "case", "bytes", "FLOPs", "FLOP/B", *PEAKS)
     for name, cost in cases:
-        bounds = [least(cost, peak) for peak in PEAKS.values()]
-        flops = f"{cost.flops / 1e9:.2f} G" if cost.flops else "-"
-        table.add_row(escape(name), size(cost.bytes), flops, *(_bound(b) for b in bounds))
+        table.add_row(escape(name), *_work(cost), *(_bound(least(cost, peak)) for peak in PEAKS.values()))
     console.print(table)
+
+
+def _bounds(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name in columns:
+        words = name in ("case", "kernel", "problem", "target", "source")
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words)
+    return table
+
+
+def _work(cost: Cost) -> tuple[str, str, str]:
+    """Bytes, FLOPs of products, and their ratio."""
+    if not cost.flops:
+        return size(cost.bytes), "-", "-"
+    return size(cost.bytes), f"{cost.flops / 1e9:.2f} G", f"{cost.flops / cost.bytes:.3g}"
 
 
 def _bound(bound: Least) -> str:
