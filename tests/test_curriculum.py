@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attrs import evolve, frozen
+from attrs import define, evolve, field, frozen
+from test_grpo import FakeSampler, grpo
 
-from ft import Curriculum, Reroll
+from ft import Ahead, Curriculum, Overlong, Reroll, Sampling, dist
 from ft.methods.curriculum import chosen, due, learnt, numbers, prompts_of, rated, scheduled, weight
+from ft.rollout.ahead import AheadSampler
 from ft.types import Context, Example, Rollout
 
 
@@ -145,6 +147,62 @@ def test_prompts_that_are_no_rows_tell_nothing() -> None:
 def test_what_is_told_of_rates_is_what_was_known_before() -> None:
     answered = [group(1, 1.0), group(2, 0.0), group(3, 0.0)]
     assert numbers({"rates": {"1": 0.25, "2": 0.75}}, answered, 0, Curriculum(), None) == {"solved_before": 0.5}
+
+
+# In the method --------------------------------------------------------------------------------------------------------
+
+
+@define
+class Asked(FakeSampler):
+    """Keeps the rows that it was asked, by batch."""
+
+    rows: dict[int, list[Any]] = field(factory=dict)
+
+    def ask(self, prompts: Sequence[Example], n: int, step: int) -> Any:
+        self.rows[step] = rows(prompts)
+        return super().ask(prompts, n, step)
+
+
+@frozen
+class Failing:
+    """No answer to rows 0 and 1 is worth anything; all others differ."""
+
+    def score(self, found: Sequence[Rollout]) -> list[Rollout]:
+        bad = [r.prompt.row in (0, 1) for r in found]
+        return [evolve(r, reward=0.0 if b else float(len(r.tokens_L))) for r, b in zip(found, bad, strict=True)]
+
+
+def test_prompts_drawn_ahead_are_asked_again_when_there_is_room() -> None:
+    """Batches 1 and 2 are drawn when batch 0 is scored: what failed in it comes up in 3 and 4, then in 6 and 7."""
+    sampler = Asked()
+    with dist.launched() as world:
+        ctx = context(sampler=AheadSampler(sampler=sampler, world=world), judge=Failing())
+        method = Ahead(grpo(group=2, reroll=Reroll(after=1, times=2)), by=2)
+        for batch in range(9):
+            method.examples(batch, ctx)
+        ctx.sampler.sync(9)  # type: ignore[union-attr]  # waits for what is still being drawn
+    plain = {batch: [4 * batch + i for i in range(4)] for batch in range(11)}
+    again = {3: 0, 4: 1, 6: 0, 7: 1}
+    assert sampler.rows == {b: [again[b], *own[:3]] if b in again else own for b, own in plain.items()}
+    assert ctx.kept["grpo"]["again"] == []
+
+
+def test_punishment_for_length_is_no_failure() -> None:
+    """Answers of 1 and 2 tokens, both right; the second loses more than its reward, and both succeed."""
+    ctx = context(sampler=FakeSampler(), judge=Right())
+    method = grpo(group=2, sampling=Sampling(max_tokens=2), overlong=Overlong(buffer=1, penalty=3.0),
+                  curriculum=Curriculum(among=2), reroll=Reroll())  # fmt: skip
+    told = method.examples(0, ctx)
+    assert told[1].adv_L is not None and told[1].adv_L[-1] < 0
+    assert ctx.kept["grpo"] == {"rates": {"7": 1.0}, "again": []}
+
+
+@frozen
+class Right:
+    """Every answer is right, and to row 7."""
+
+    def score(self, found: Sequence[Rollout]) -> list[Rollout]:
+        return [evolve(r, reward=1.0, prompt=evolve(r.prompt, row=7)) for r in found]
 
 
 def test_ranges() -> None:

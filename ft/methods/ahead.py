@@ -21,8 +21,9 @@ class Ahead:
     """``method``, with its answers drawn up to ``by`` batches ahead by a sampler beside the trainer (a server).
 
     An answer's policy is at most ``by`` batches (``by`` x iterations steps) older than the one that trains on it, and
-    by as many more as ``GRPO.replay`` held it; the log says how old. ``GRPO.correction`` makes up for it, or ``GRPO.old="sampler"`` counts it as part of the ratio. A
-    run that is resumed draws what it had drawn ahead again, and says so.
+    by as many more as ``GRPO.replay`` held it; the log says how old. ``GRPO.correction`` makes up for it, or
+    ``GRPO.old="sampler"`` counts it as part of the ratio. A run that is resumed draws what it had drawn ahead again, and
+    says so.
     """
 
     method: GRPO = field(validator=_bare)
