@@ -16,6 +16,7 @@ from ft.models.build import Built, build, plan_config
 from ft.models.generating import generating
 from ft.recipe import Parallel
 from ft.rollout import sampling as drawing
+from ft.rollout.cache import cache_for
 from ft.rollout.embedded import EmbeddedSampler
 from ft.types import Example, Rollout
 
@@ -157,6 +158,25 @@ def test_greedy_answers_are_those_of_transformers(which: str, world: World, requ
                 eos_token_id=sorted(STOP), pad_token_id=0, use_cache=True,
             )  # fmt: skip
             assert out[0, ids.shape[1] :].tolist() == answer
+
+
+@pytest.mark.parametrize("room", [0, 2, 8])
+def test_a_cache_with_room_holds_what_one_without_holds(room: int) -> None:
+    from transformers import DynamicCache, LlamaConfig
+
+    config = LlamaConfig(num_hidden_layers=2)
+    theirs, ours = DynamicCache(config=config), cache_for(config, room)
+    rng, rows = torch.Generator().manual_seed(0), 3
+    for place, width in enumerate((4, 1, 1, 1, 2, 1)):
+        if place in (1, 3):  # prompts become answers; a row leaves
+            chosen = torch.tensor([0, 0, 1, 2] if place == 1 else [0, 2, 3])
+            theirs.reorder_cache(chosen), ours.reorder_cache(chosen)
+            rows = len(chosen)
+        for layer in range(2):
+            new = [torch.randn(rows, 2, width, 8, generator=rng) for _ in range(2)]
+            expected, found = theirs.update(*new, layer), ours.update(*new, layer)
+            assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert theirs.get_seq_length() == ours.get_seq_length()
 
 
 def test_sampling_leaves_the_model_as_it_was(llama: Built, world: World) -> None:

@@ -107,7 +107,7 @@ def continue_all(
     ends, u_BL = torch.tensor(sorted(stop), device=device), None if u_BL is None else u_BL.to(device)
     token_BL, logp_BL = torch.zeros(B, L, dtype=torch.int64, device=device), torch.zeros(B, L, device=device)
     row_B, done_B = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)
-    mask_BW, state, written = mask_PW.repeat_interleave(n, 0), _prefill(model, ids_PW, mask_PW, n), 0
+    mask_BW, state, written = mask_PW.repeat_interleave(n, 0), _prefill(model, ids_PW, mask_PW, n, L), 0
     while True:
         token_B, logp_B = pick(state.logits_BV, None if u_BL is None else u_BL[row_B, written], sampling)
         token_BL[row_B, written], logp_BL[row_B, written] = token_B, logp_B
@@ -129,16 +129,16 @@ class _State:
     logits_BV: Tensor
 
 
-def _prefill(model: Any, ids_PW: Tensor, mask_PW: Tensor, n: int) -> _State:
+def _prefill(model: Any, ids_PW: Tensor, mask_PW: Tensor, n: int, room: int) -> _State:
     """Each prompt once, and its cache once for each answer.
 
     Reordering is the one choice of rows that the caches of every kind of layer know, linear attention's too.
     """
-    from transformers import DynamicCache
+    from ft.rollout.cache import cache_for
 
     out = model(
         input_ids=ids_PW, attention_mask=mask_PW, position_ids=(mask_PW.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1,
+        past_key_values=cache_for(model.config, room), use_cache=True, logits_to_keep=1,
     )  # fmt: skip
     row_B = torch.arange(len(ids_PW), device=ids_PW.device).repeat_interleave(n)
     out.past_key_values.reorder_cache(row_B)
