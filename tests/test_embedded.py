@@ -145,6 +145,19 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     torch.testing.assert_close(logp_B, expected.log()[token_B])
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"min_p": 0.2}], ids=str)
+def test_a_draw_is_where_the_running_sum_of_probabilities_passes_u(options: dict[str, Any]) -> None:
+    """Over several blocks of the vocabulary and part of one; tokens that truncation leaves out are never drawn."""
+    logits_V = 3 * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    u_B = torch.cat([torch.arange(500) / 500, torch.tensor([1 - 2.0**-24])])
+    chosen = Sampling(**options)
+    token_B, logp_B = drawing.pick(logits_V.expand(len(u_B), -1), u_B, chosen)
+    running = np.cumsum(drawing.truncate(logits_V.log_softmax(-1)[None], chosen)[0].double().exp().numpy())
+    expected = np.searchsorted(running, u_B.double().numpy() * running[-1], side="right")
+    assert logp_B.isfinite().all()
+    assert (token_B.numpy() == expected).mean() > 0.99  # sums in float32 may differ at a border
+
+
 @pytest.mark.parametrize("which", ["llama", "hybrid"])
 def test_greedy_answers_are_those_of_transformers(which: str, world: World, request: pytest.FixtureRequest) -> None:
     built: Built = request.getfixturevalue(which)
