@@ -308,7 +308,7 @@ def test_costs_by_hand():
 @pytest.mark.parametrize(
     ("ops", "case", "message"),
     [
-        (["exprts"], "", r"no such op\n.*some of experts, nf4.*\n.*exprts"),
+        (["exprts"], "", r"no such op\n.*some of experts, nf4.*\n.*exprts\n.*did you mean experts\?"),
         (["tiled"], "", r"tiled has no timed cases"),
         (["nf4"], "lora", r"no case has this in its name\n(.|\n)*nf4: quantise 2048x2048(.|\n)*got: lora"),
     ],

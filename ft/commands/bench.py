@@ -7,6 +7,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -50,7 +51,9 @@ def specs(ops: Sequence[str], case: str) -> list[Spec]:
         if op in WITHOUT_CASES:
             raise RecipeError(f"{op} has no timed cases", where=WHERE, expected=f"some of {', '.join(OPS)}")
         if op not in OPS:
-            raise RecipeError("no such op", where=WHERE, expected=f"some of {', '.join(OPS)}", got=op)
+            near = get_close_matches(op.lower(), OPS, n=1)
+            fix = f"did you mean {near[0]}?" if near else ""
+            raise RecipeError("no such op", where=WHERE, expected=f"some of {', '.join(OPS)}", got=op, fix=fix)
     found: list[Spec] = []
     for op in dict.fromkeys(ops or OPS):
         found += import_module(f"ft.commands.kernels.{op}").SPECS
