@@ -33,6 +33,7 @@ class Fake(ThreadingHTTPServer):
         self.adapters: dict[str, str] = {}
         self.deaf = False  # takes adapters, and does not apply them
         self.closed = False  # takes no adapters at all
+        self.unfit = ""  # what it says of adapters that it fails at
         self.version, self.root, self.longest = "0.32.0+cpu", "", 256  # vLLM's, and the model's
         self.raw = False  # log-probs leave out the temperature
         self.seen: list[tuple[str, dict[str, Any]]] = []
@@ -62,6 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
             return self.reply(401, {"error": {"message": "Unauthorized"}})
+        if self.path == "/health":
+            return self.reply(200, "")
         if self.path == "/version" and self.server.version:
             return self.reply(200, {"version": self.server.version})
         if self.path == "/v1/models":
@@ -76,6 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(401, {"error": {"message": "Unauthorized"}})
         if self.path == "/v1/load_lora_adapter" and self.server.closed:
             return self.reply(404, {"detail": "Not Found"})
+        if self.path == "/v1/load_lora_adapter" and self.server.unfit:
+            return self.reply(500, {"error": {"message": self.server.unfit}})
         if self.path == "/v1/load_lora_adapter":
             if not self.server.deaf or body["lora_name"] not in self.server.adapters:
                 self.server.adapters[body["lora_name"]] = body["lora_path"]

@@ -93,6 +93,13 @@ def test_a_server_that_takes_no_adapters_is_told_from_one_that_lost_them(fake: F
     assert len(fake.asked("/v1/load_lora_adapter")) == 1
 
 
+def test_an_adapter_that_the_server_fails_at_is_an_error_at_once(fake: Fake, world: World, tmp_path: Path):
+    fake.unfit = "LoRA rank 64 is greater than max_lora_rank 16."
+    with pytest.raises(ServerError, match=r"(?s)cannot apply the adapter.*rank 64.*lower adapter.r"):
+        sampler(world, tmp_path, url=fake.url).sync(0)
+    assert len(fake.asked("/v1/load_lora_adapter")) == 1
+
+
 # --- the end of a run -------------------------------------------------------------------------------------------------
 
 

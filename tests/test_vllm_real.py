@@ -6,6 +6,7 @@ or more, so that the whole takes about six. ``pytest -s`` shows what is measured
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -31,11 +32,12 @@ from ft.models.build import Built, build
 from ft.models.load import config_of
 from ft.models.policy import logprobs
 from ft.recipe import Parallel
+from ft.rollout.ahead import AheadSampler
 from ft.rollout.rewards import exact
 from ft.rollout.vllm import VLLMSampler
 from ft.train import optim
 from ft.train.online import sampler_of
-from ft.types import Example
+from ft.types import Example, Rollout
 
 pytestmark = [
     pytest.mark.skipif(not os.environ.get("FT_VLLM_PYTHON"), reason="FT_VLLM_PYTHON names no Python with vLLM"),
@@ -184,6 +186,45 @@ def test_an_adapter_under_other_names_trips_the_canary_or_is_refused(stand: Stan
     stand.sampler.sync(stand.step)
 
 
+def logps(stand: Stand, groups: list[list[Rollout]]) -> tuple[np.ndarray, np.ndarray]:
+    """Of all tokens of the answers: the policy's as it is now, and the sampler's as drawn."""
+    rollouts = [rollout for group in groups for rollout in group]
+    examples = []
+    for r in rollouts:
+        tokens_L = np.concatenate([r.prompt.tokens_L, r.tokens_L])
+        examples.append(Example(tokens_L=tokens_L, mask_L=np.arange(len(tokens_L)) >= len(r.prompt.tokens_L)))
+    batch = collate(examples)
+    with torch.no_grad():
+        ours_T = logprobs(stand.built.policy, batch).logp_T
+    said = [r.logp_L for r in rollouts if r.logp_L is not None]
+    return ours_T[batch.trained_N].double().numpy(), np.concatenate(said).astype(np.float64)
+
+
+def test_answers_in_flight_while_weights_are_sent_are_all_by_the_older_ones(stand: Stand):
+    stand.sampler.sampling = Sampling(max_tokens=24)
+    ahead = AheadSampler(sampler=stand.sampler, world=stand.world)
+    stand.move()
+    ahead.sync(stand.step)
+    before = stand.step
+    ahead.begin(40, stand.prompts, 4, before)
+    time.sleep(0.5)  # into the generation
+    adapter = {name: whole(p).clone() for name, p in optim.trained(stand.built.policy.scorer.model).items()}
+    stand.move()
+    ahead.sync(stand.step)
+    groups = ahead.take(40)
+    assert {rollout.policy_step for group in groups for rollout in group} == {before}
+    newer_N, drawn_N = logps(stand, groups)
+    with torch.no_grad():
+        for name, p in optim.trained(stand.built.policy.scorer.model).items():
+            copy_into(p, adapter[name])
+    older_N, _ = logps(stand, groups)
+    near, far = np.abs(older_N - drawn_N).max(), np.abs(newer_N - drawn_N).max()
+    print(f"\nlargest |log ratio| to the older weights {near:.2g}, to the newer ones {far:.2g}")
+    assert near < 5e-3 and far > 0.1
+    stand.sampler.sync(stand.step)
+    ahead.close()
+
+
 def processes(leader: int) -> list[int]:
     """Those of its group: the launcher, the server, its engine and its workers."""
     found = subprocess.run(["ps", "-eo", "pid=,pgid="], capture_output=True, text=True, check=True).stdout.split("\n")
@@ -235,6 +276,64 @@ def test_nothing_is_left_when_the_parent_is_killed(stand: Stand, tmp_path: Path)
     parent.wait()
     parent.stdout.close()
     assert gone(left)
+
+
+INTERRUPTED = """
+from ft import *
+from ft.rollout.rewards import last_number
+
+recipe = Recipe(
+    model=Model(id="HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32", checkpointing=False),
+    adapter=LoRA(r=8, alpha=16.0, targets=("attention", "mlp")),
+    data=Data(train="rows.jsonl", max_tokens=128),
+    method=Ahead(GRPO(rewards=last_number, group=4, sampling=Sampling(max_tokens=64)), by=1),
+    sampler=VLLM(), batch=Batching(examples=2, tokens=2048), save=Save(dir="run"), steps=50,
+)
+"""
+
+
+def descendants(leader: int) -> set[int]:
+    """``leader`` and all that it started, and what those started."""
+    rows = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split("\n")
+    pairs, found = [tuple(map(int, row.split())) for row in rows if row], {leader}
+    while more := {pid for pid, parent in pairs if parent in found} - found:
+        found |= more
+    return found
+
+
+@pytest.mark.parametrize("ask", [os.killpg, os.kill], ids=["as a terminal does", "the parent alone"])
+def test_ctrl_c_saves_ends_and_leaves_nothing_and_the_run_goes_on(stand: Stand, tmp_path: Path, ask: Any):
+    stand.sampler.close()
+    (tmp_path / "x.py").write_text(INTERRUPTED)
+    rows = [{"prompt": f"What is {i} + 4?", "answer": str(i + 4)} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = str(resolve(ID, None).path.parents[1].resolve())
+    command = [sys.executable, "-m", "ft", "run"]
+    env = {**os.environ, "FT_MODELS": models, "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(
+        [*command, "x.py"], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert run.stdout is not None
+    said = []
+    for line in run.stdout:
+        said.append(line)
+        if line.startswith("step 2/"):
+            break
+    left = descendants(run.pid)
+    assert len(left) >= 6  # the run, the launcher, the server, its engine, its worker, a process that scores
+    ask(run.pid, signal.SIGINT)
+    said += run.stdout.readlines()
+    run.stdout.close()
+    assert run.wait(60) == 130 and gone(sorted(left)), "".join(said)
+    text = "".join(said)
+    assert "saved at step" in text and "started again" not in text
+    saved = int(text.partition("saved at step ")[2].partition(";")[0])
+    done = subprocess.run(
+        [*command, "run/recipe.json", "--resume", f"steps={saved + 1}"], cwd=tmp_path, env=env, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and f"step {saved + 1}/{saved + 1}" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_whole_model_is_sent_by_starting_the_server_on_it(stand: Stand, tmp_path: Path):

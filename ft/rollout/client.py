@@ -31,6 +31,10 @@ class Unreachable(Exception):
     """No connection, a broken one, no answer in time, or a server whose engine is gone (5xx; 501 is a refusal)."""
 
 
+class Broken(Unreachable):
+    """An answer of status 5xx: its engine is gone, or what was asked for made it fail."""
+
+
 class Refused(Exception):
     """The server understood and said no."""
 
@@ -152,6 +156,14 @@ class Client:
         """What the server answers to."""
         return self._get("/v1/models", _Models).data
 
+    def healthy(self) -> bool:
+        """Whether its engine lives, by its own account."""
+        try:
+            self._request("GET", "/health", None)
+        except (Unreachable, Refused):
+            return False
+        return True
+
     def version(self) -> str:
         """Of vLLM."""
         return self._get("/version", _Version).version
@@ -185,7 +197,7 @@ class Client:
             return raw
         said = _message(raw)
         raise (
-            Unreachable(f"status {response.status}: {said}")
+            Broken(f"status {response.status}: {said}")
             if response.status >= 500 and response.status != 501
             else Refused(response.status, said)
         )

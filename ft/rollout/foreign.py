@@ -11,7 +11,7 @@ from typing import Any
 from attrs import frozen
 
 from ft.errors import ServerError
-from ft.rollout.client import Client, Malformed, Refused, Served
+from ft.rollout.client import Broken, Client, Malformed, Refused, Served
 
 TESTED = "0.32"  # of vLLM; older ones may lack what is asked of them
 _START = "start one with: ft serve RECIPE; or leave sampler.url out, and the run starts its own"
@@ -91,4 +91,13 @@ def no_adapters(client: Client, error: Refused) -> ServerError:
         "the server takes no adapters while it runs", where=client.url, got=str(error),
         fix="start it with `ft serve RECIPE`; a server of your own needs --enable-lora and "
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment",
+    )  # fmt: skip
+
+
+def unfit(client: Client, error: Broken) -> ServerError:
+    """For one that lives, and fails at an adapter."""
+    return ServerError(
+        "the server cannot apply the adapter", where=client.url, got=str(error),
+        fix="where the rank is too large, lower adapter.r or start the server with a larger --max-lora-rank, as "
+        "`ft serve RECIPE` does; where vLLM cannot adapt a weight, leave it out of adapter.targets",
     )  # fmt: skip

@@ -21,7 +21,7 @@ from ft.errors import CapacityError, FtError, ServerError
 from ft.models.policy import Policy
 from ft.recipe.online import VLLM, Sampling
 from ft.rollout import canary, foreign
-from ft.rollout.client import Client, Drawn, Malformed, Refused, Unreachable, in_parallel
+from ft.rollout.client import Broken, Client, Drawn, Malformed, Refused, Unreachable, in_parallel
 from ft.rollout.sent import Weights
 from ft.rollout.server import BASE, Server, generates, last_words, retried
 from ft.rollout.shared import Answer, from_all_ranks, number, on_first
@@ -119,6 +119,10 @@ class VLLMSampler:
             except Refused as error:
                 if error.status == 404:
                     raise foreign.no_adapters(client, error) from error
+                raise
+            except Broken as error:  # vLLM says so too where an adapter does not fit
+                if client.healthy():
+                    raise foreign.unfit(client, error) from error
                 raise
 
     def _meet(self) -> None:
