@@ -10,11 +10,16 @@ from test_routing import STRATEGY_OF, bias_of, logits_of, router_config
 from tiny_models import MOE, build, tokens
 from torch import Tensor
 
+from ft.data.pack import collate
 from ft.errors import ModelError
 from ft.kernels.routing import route
-from ft.models import routes
+from ft.models import routes, tiles
 from ft.models.build import recompute
+from ft.models.documents import BY_DOCUMENT
 from ft.models.experts import expert_modules, use_ft_experts
+from ft.models.layout import Layout
+from ft.models.policy import Policy, Scorer, logprobs
+from ft.types import Example
 
 IDS = tokens(2, 6)
 
@@ -111,6 +116,28 @@ def test_a_balance_loss_counts_the_routers_own_choice():
     with torch.no_grad(), routes.given(net, own(net)[1]):
         out = net(input_ids=IDS, labels=IDS)
     assert torch.equal(out.aux_loss, net(input_ids=IDS, labels=IDS).aux_loss)
+
+
+@pytest.mark.parametrize(("kind", "forwarded"), [("packed", 8), ("padded", 10)])
+def test_a_policys_log_probs_take_given_routes(kind: Any, forwarded: int):
+    """Of sequences of 5 and 3 tokens, with a balance loss, and by blocks in tiles: routes are of what is forwarded."""
+    net = model("qwen3_moe")
+    tiles.apply(net, 4)
+    layout = Layout(kind=kind, attention=BY_DOCUMENT)
+    policy = Policy(scorer=Scorer(net), config=net.config, layout=layout, aux=0.01)
+    rows = [
+        Example(tokens_L=tokens(n + 1, seed=n).int().numpy(), mask_L=torch.ones(n + 1).bool().numpy()) for n in (5, 3)
+    ]
+    batch = collate(rows)
+    with routes.chosen(net) as found:
+        plain = logprobs(policy, batch)
+    routes_MTK = torch.stack(found)
+    assert routes_MTK.shape == (2, forwarded, 2)
+    with routes.given(net, routes_MTK):
+        replayed = logprobs(policy, batch)
+    assert torch.equal(replayed.logp_T, plain.logp_T) and torch.equal(replayed.aux, plain.aux)  # type: ignore[arg-type]
+    with routes.given(net, others(routes_MTK)):
+        assert not torch.allclose(logprobs(policy, batch).logp_T, plain.logp_T)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
