@@ -22,8 +22,8 @@ class Ahead:
 
     An answer's policy is at most ``by`` batches (``by`` x iterations steps) older than the one that trains on it, and
     by as many more as ``GRPO.replay`` held it; the log says how old. ``GRPO.correction`` makes up for it, or
-    ``GRPO.old="sampler"`` counts it as part of the ratio. A run that is resumed draws what it had drawn ahead again, and
-    says so.
+    ``GRPO.old="sampler"`` counts it as part of the ratio. A run that is resumed draws what it had drawn ahead again,
+    and says so.
     """
 
     method: GRPO = field(validator=_bare)
