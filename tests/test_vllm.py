@@ -656,22 +656,29 @@ recipe = Recipe(model=Model(id={model!r}), adapter=LoRA(), data=Data(train="x.js
 """
 
 
-def test_serve_says_how_to_use_it_and_ends_with_ctrl_c(start: Callable[..., Server], tmp_path: Path):
+@pytest.mark.parametrize("ends", ["ctrl_c", "by_itself"])
+def test_serve_says_how_to_use_it_and_ends(start: Callable[..., Server], tmp_path: Path, ends: str):
     start()
     model = tmp_path / "model"
     build("llama").save_pretrained(model)
     file = tmp_path / "x.py"
     file.write_text(RECIPE.format(model=str(model), python=str(tmp_path / "python")))
     env = {**os.environ, "FT_VLLM_TOKEN": "sesame"}
-    process = subprocess.Popen([sys.executable, "-m", "ft", "serve", str(file)], stdout=subprocess.PIPE, env=env)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ft", "serve", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+    )
     assert process.stdout is not None
     said = [process.stdout.readline().decode(), process.stdout.readline().decode()]
     assert "Ctrl+C ends it" in said[0] and "FT_VLLM_TOKEN=sesame" in said[1]
     url = said[1].split("sampler.url=")[1].strip()
     assert Client(url=url, token="sesame").complete("base", [3], 1, OPTIONS)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130 and gone(pids(tmp_path))
-    process.stdout.close()
+    if ends == "ctrl_c":
+        process.send_signal(signal.SIGINT)
+    else:
+        os.kill(pids(tmp_path)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == (130 if ends == "ctrl_c" else 2) and gone(pids(tmp_path))
+    assert (b"the vLLM server has ended" in errors) == (ends == "by_itself")
 
 
 def test_serve_refuses_what_needs_no_server():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from attrs import evolve
 
-from ft.errors import RecipeError
+from ft.errors import RecipeError, ServerError
 from ft.io.weights import resolve
 from ft.recipe import VLLM, Recipe, run_folder
 from ft.rollout.server import TOKEN, Server, launch
@@ -18,7 +18,7 @@ def serve(recipe: Recipe, say: Callable[[str], None]) -> None:
 
     Raises:
         RecipeError: the recipe samples nothing, or from a server that runs already, or trains what cannot be sent.
-        FtError: the server does not start.
+        ServerError: the server does not start, or ends by itself.
     """
     options = recipe.sampler if isinstance(recipe.sampler, VLLM) else VLLM()
     if asked(recipe.method).rows != "prompts":
@@ -40,5 +40,6 @@ def serve(recipe: Recipe, say: Callable[[str], None]) -> None:
         say(f"  {TOKEN}={client.token} ft run RECIPE sampler=vllm sampler.url={client.url}")
         assert server.process is not None
         server.process.wait()
+        raise ServerError("the vLLM server has ended; what it printed stands above", where=client.url)
     finally:
         server.close()
