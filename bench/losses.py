@@ -4,16 +4,19 @@
 
 They take padded [B, W] tensors; ft takes the same tokens packed, or for preference losses the rows' sums, made the
 same way on both sides. Sequences are told by offsets, and advantages given one a row where the ratio is the row's, as
-theirs are. TRL's functions are called without a trainer, as the tests call them, so their metrics are counted, as ours
-are, though they are not the same: TRL averages the entropy (two passes over the tokens), ft the drift from the old
-policy and the extremes of the ratio (nine), and Liger logs less than either. TRL's RLOO is given the old log-probs
-summed beforehand. Its DPO and KTO functions also average what its model would give besides log-probs (entropy, top-1
-hits). ``--fill`` below 1 makes rows of random length: ft then has fewer tokens to go through, which is the point
-of packing, but not of this comparison; at 1 the rows are of one length, and ft sums them as rows. Contenders take
-turns in one process; figures are medians. ``MB`` is the peak of what one step allocates beyond its inputs, as
-PyTorch's profiler counts it, so freed temporaries count while they stand. ``ratio`` is ft's time over theirs, below 1
-where ft is the faster; ``best`` is the ratio of the least times, which says more where other processes take the
-processor away for longer than a step lasts.
+theirs are. TRL's functions are called without a trainer, as the tests call them, so their metrics are counted, as
+ours are, though they are not the same. Both count clipped tokens; TRL's policy losses also average the entropy (two
+passes over the tokens), Liger's do not. ft's preference losses also average rewards, log-probs and accuracies, which
+TRL's trainers do outside of the functions timed here. How far the policy has moved from the old one is no part of
+ft's losses: the rows ``drift`` time the function that tells, alone, without a backward and against nothing, and ft's
+GRPO method pays it in addition, once for each micro-batch. TRL's RLOO is given the old log-probs summed beforehand.
+Its DPO and KTO functions also average what its model would give besides log-probs (entropy, top-1 hits). ``--fill``
+below 1 makes rows of random length: ft then has fewer tokens to go through, which is the point of packing, but not of
+this comparison; at 1 the rows are of one length, and ft sums them as rows. Contenders take turns in one process;
+figures are medians. ``MB`` is the peak of what one step allocates beyond its inputs, as PyTorch's profiler counts it,
+so freed temporaries count while they stand. ``ratio`` is ft's time over theirs, below 1 where ft is the faster;
+``best`` is the ratio of the least times, which says more where other processes take the processor away for longer
+than a step lasts.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ warnings.simplefilter("ignore")
 import oracles_dpo as pairs  # noqa: E402  their functions, without a trainer
 import oracles_grpo as policy  # noqa: E402
 
-from ft.losses import cispo, cpo, dpo, gmpo, grpo, kto, luspo, orpo, rloo, sapo, simpo, vespo  # noqa: E402
+from ft.losses import cispo, cpo, dpo, drift, gmpo, grpo, kto, luspo, orpo, rloo, sapo, simpo, vespo  # noqa: E402
 
 Step = Callable[[], Tensor]
 
@@ -151,6 +154,16 @@ def policy_pairs(c: policy.Case) -> list[Pair]:
     ]
 
 
+def drifts(c: policy.Case) -> dict[str, Callable[[], Any]]:
+    """What ft's GRPO method pays beside its loss, at the level of tokens and of answers."""
+    logp_T, old_T, _, mask_T = (x.detach().contiguous() for x in c.args)
+    cu_S1 = torch.nn.functional.pad(c.real_BW.sum(1).cumsum(0), (1, 0))
+    return {
+        f"drift, level={level}": lambda level=level: drift(logp_T, old_T, mask_T, cu_S1=cu_S1, level=level)
+        for level in ("token", "sequence")
+    }
+
+
 # --- preferences ------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +257,11 @@ def measure(pair: Pair, rounds: int) -> dict[str, Any]:
     }
 
 
+def measure_alone(call: Callable[[], Any], rounds: int) -> dict[str, Any]:
+    seconds = interleave({"ft": call}, rounds)["ft"]
+    return {"seconds": median(seconds), "extra_mb": extra_memory(call)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32)
@@ -256,7 +274,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     setting = {"rows": args.rows, "columns": args.columns, "fill": args.fill, "threads": args.threads}
-    found = policy_pairs(case(args.rows, args.columns, args.fill)) + preference_pairs(args.rows, args.columns)
+    given = case(args.rows, args.columns, args.fill)
+    found = policy_pairs(given) + preference_pairs(args.rows, args.columns)
     print(f"{'':30s} {'against':8s} {'ft us':>8s} {'us':>8s} {'ratio':>6s} {'best':>6s} {'ft MB':>7s} {'MB':>7s}")
     for pair in found:
         if args.only not in pair.loss:
@@ -268,6 +287,13 @@ def main() -> None:
         )
         if not args.dry:
             record("losses", setting | n)
+    for name, call in drifts(given).items():
+        if args.only not in name:
+            continue
+        n = measure_alone(call, args.rounds)
+        print(f"{name:30s} {'-':8s} {n['seconds'] * 1e6:8.0f} {'':8s} {'':6s} {'':6s} {n['extra_mb']:7.2f}")
+        if not args.dry:
+            record("losses", setting | {"loss": name, "against": None} | n)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 from ft.losses import aggregate as average
 from ft.losses import kl as kl_terms
 from ft.losses.elementwise import Lay, greater, less, with_slope
-from ft.losses.reduce import Count, check_number, check_option, check_same, share, upcast
+from ft.losses.reduce import Count, at_least_one, check_number, check_option, check_same, upcast
 from ft.losses.terms import Score, Spread, Term, Terms, known, terms
 from ft.types import LossOutput
 
@@ -141,37 +141,36 @@ def finish(
     """Weigh the policy term, add it up with the KL, and gather what is logged. ``clipped``: numbers of tokens, 0-d."""
     _check_kl(ref_logp_T, kl_coef, kl, kl_bias_correction)
     check_same("policy loss", mask_T=t.mask.mask_T, is_weight_T=is_weight_T, keep_T=keep_T, ref_logp_T=ref_logp_T)
-    tokens = t.trained() if tokens is None else tokens
-    scale = _scale(t, _denominator(t, aggregate, constant, tokens, seqs), constant)
+    tokens = at_least_one(t.trained() if tokens is None else tokens, t.adv_N.dtype)
+    scale = _scale(t, aggregate, constant, tokens, seqs)
     sums = _means(t, clipped or {}, is_weight_T, keep_T, tokens)
     total, slope_N, lay = _weighed(term, t, _factor(t, is_weight_T, keep_T), aggregate)
     times = -term.times  # losses go down where terms go up
-    loss = policy_loss = total * (scale * times)
+    down = scale * times
+    loss = policy_loss = total * down
     if ref_logp_T is not None:
         kl_total, kl_slope_T, sums["kl"] = _kl(t, ref_logp_T, kl, kl_bias_correction, aggregate, tokens)
         if kl_coef:
             loss = torch.add(policy_loss, kl_total * scale, alpha=kl_coef)
             slope_N, lay = _laid((slope_N, lay)).add(kl_slope_T, alpha=kl_coef / times), None
-    loss = with_slope(upcast(t.logp_T), loss, slope_N, scale=scale * times, lay=lay)
+    loss = with_slope(upcast(t.logp_T), loss, slope_N, scale=down, lay=lay)
     return LossOutput(loss=loss, sums={"policy_loss": policy_loss, **sums})
 
 
-def _denominator(t: Terms, aggregate: str, constant: float | None, tokens: Count, seqs: Count | None) -> Count:
-    """The count in it, of a sum whose terms ``_weights`` has weighed (see ``ft.losses.aggregate.mean``)."""
+def _scale(t: Terms, aggregate: str, constant: float | None, tokens: Count, seqs: Count | None) -> Count:
+    """What a sum whose terms ``_each`` has weighed is multiplied by, to be this call's share of the average.
+
+    See ``ft.losses.aggregate.mean``. A number where the count is one.
+    """
     average.check_denominators(aggregate, constant, seqs)
     if aggregate == "token":
-        return tokens
+        return 1 / tokens
     if t.sequences is None and (aggregate == "sequence" or seqs is None):
         without = " without seqs" if seqs is None else ""
         raise ValueError(
             f"aggregate={aggregate!r}{without}: expected seq_T, the sequence of each token, or cu_S1; got None"
         )
-    return known(t).trained if seqs is None else seqs
-
-
-def _scale(t: Terms, count: Count, constant: float | None) -> Tensor | float:
-    """What a sum is multiplied by to be this call's share of the average; a number where the count is one."""
-    scale = share(t.adv_N.new_ones(()), count) if isinstance(count, Tensor) else 1 / max(count, 1)
+    scale = 1 / at_least_one(known(t).trained if seqs is None else seqs, t.adv_N.dtype)
     return scale if constant is None else scale / constant
 
 
@@ -240,7 +239,7 @@ def _kl(
     """The KL's sum to be divided, that sum's slope by logp_T, and its mean over tokens."""
     apart_T = t.mask.keep_(upcast(t.logp_T.detach()) - upcast(ref_logp_T.detach()))
     value_T, slope_T = kl_terms.value_and_slope(apart_T, kind)
-    mean, each_T = share(value_T.sum(), tokens), _each(t, aggregate, by_sequence=False)
+    mean, each_T = value_T.sum() / tokens, _each(t, aggregate, by_sequence=False)
     slope_T = t.mask.keep(slope_T) if kind == "k1" else slope_T
     if each_T is not None:
         value_T, slope_T = value_T * each_T, slope_T * each_T
@@ -280,7 +279,7 @@ def _means(
     keep_T: Tensor | None,
     tokens: Count,
 ) -> dict[str, Tensor]:
-    """Means over the trained tokens."""
+    """Means over ``tokens``, which are not 0."""
     totals = dict(clipped)
     if is_weight_T is not None:
         totals["is_weight"] = t.mask.keep(is_weight_T).sum()
@@ -289,7 +288,7 @@ def _means(
         totals["kept"] = t.mask.keep(keep_T).sum()
     if not totals:
         return {}
-    means = share(torch.stack(list(totals.values())), tokens)
+    means = torch.stack(list(totals.values())) / tokens
     return dict(zip(totals, means.unbind(), strict=True))
 
 

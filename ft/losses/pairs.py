@@ -41,6 +41,7 @@ from torch import Tensor
 
 from ft.losses.reduce import (
     Count,
+    at_least_one,
     check_number,
     check_option,
     check_same,
@@ -230,6 +231,13 @@ def logistic(z_P: Tensor, smoothing: float) -> Tensor:
     if smoothing == 0:
         return -F.logsigmoid(z_P)
     return -(1 - smoothing) * F.logsigmoid(z_P) - smoothing * F.logsigmoid(-z_P)
+
+
+def logistic_share(z_P: Tensor, smoothing: float, units: Count) -> Tensor:
+    """``mean_share`` of the same. The sign is the denominator's, which saves a step and its gradient's."""
+    if smoothing == 0:
+        return F.logsigmoid(z_P).sum() / -at_least_one(units, z_P.dtype)
+    return mean_share(logistic(z_P, smoothing), units)
 
 
 def check_smoothing(what: str, smoothing: float) -> None:

@@ -118,11 +118,14 @@ def sapo(
     for value in tau:
         check_number("tau", value, 0, open_low=True)
     t = terms("sapo", logp_T, old_logp_T, adv_T, mask_T, level=level, **_told_apart(common))
-    tau_N, ratio_N = _either(greater(t.adv_N, 0), tau), t.ratio_N()
+    # tau (1 - r), and with it 1 - gate: each is a step less than tau (r - 1) and the gate, and the slope is the same.
+    tau_N, ratio_N = torch.rsub(greater(t.adv_N, 0), tau[1], alpha=tau[1] - tau[0]), t.ratio_N()
     slope_N = t.by_log_ratio_N(ratio_N)
-    gate_N = ratio_N.sub_(1).mul_(tau_N).sigmoid_()
-    slope_N = torch.ops.aten.sigmoid_backward.grad_input(slope_N, gate_N, grad_input=slope_N)
-    term = Term(gate_N.mul_(t.adv_N).div_(tau_N), slope_N.mul_(t.adv_N), t.spread, t.by_sequence, times=4)
+    shut_N = torch.addcmul(tau_N, tau_N, ratio_N, value=-1, out=ratio_N).sigmoid_()
+    slope_N = torch.ops.aten.sigmoid_backward.grad_input(slope_N, shut_N, grad_input=slope_N)
+    value_N = torch.div(t.adv_N, tau_N, out=tau_N)
+    value_N.addcmul_(value_N, shut_N, value=-1)
+    term = Term(value_N, slope_N.mul_(t.adv_N), t.spread, t.by_sequence, times=4)
     return finish(term, t, **_rest(common, aggregate="sequence"))
 
 
@@ -197,12 +200,14 @@ def vespo(
     if t.sequences is None:
         raise ValueError("vespo: expected seq_T, the sequence of each token, or cu_S1; got None")
     log_w_S = _log_answer_weight(t, t.sequences, common.pop("is_weight_T", None))
-    up_S, down_S = (_log_phi(log_w_S, k[i], lam[i]).exp_() for i in (0, 1))
-    by_sequence = given["adv_S"] is not None
-    if not by_sequence:  # a sequence's advantages may differ in sign
-        up_S, down_S = t.sequences.lay(up_S), t.sequences.lay(down_S)
-    weight_N = up_S.lerp_(down_S, less(t.adv_N, 0)).mul_(t.adv_N)
-    return finish(Score(weight_N, by_sequence), t, **_rest(common))
+    by_sequence, down_N = given["adv_S"] is not None, less(t.adv_N, 0)
+    if by_sequence:
+        k_S, lam_S = (torch.rsub(down_N, pair[0], alpha=pair[0] - pair[1]) for pair in (k, lam))
+        phi_N = _log_phi(log_w_S, k_S, lam_S).exp_()
+    else:  # a sequence's advantages may differ in sign
+        up_T, down_T = (t.sequences.lay(_log_phi(log_w_S, k[i], lam[i]).exp_()) for i in (0, 1))
+        phi_N = up_T.lerp_(down_T, down_N)
+    return finish(Score(phi_N.mul_(t.adv_N), by_sequence), t, **_rest(common))
 
 
 def dppo(
@@ -245,13 +250,8 @@ def _log_answer_weight(t: Terms, sequences: Sequences, is_weight_T: Tensor | Non
     return sequences.sums(log_T).clamp_(_LEAST, BOUND)
 
 
-def _log_phi(log_w_S: Tensor, k: float, lam: float) -> Tensor:
+def _log_phi(log_w_S: Tensor, k: Tensor | float, lam: Tensor | float) -> Tensor:
     return lam * (1 - log_w_S.exp()) + k * log_w_S
-
-
-def _either(first_N: Tensor, pair: tuple[float, float]) -> Tensor:
-    """pair[0] where ``first_N`` is 1.0, pair[1] where it is 0.0."""
-    return first_N.mul_(pair[0] - pair[1]).add_(pair[1])
 
 
 def _binary_kl(p_T: Tensor, q_T: Tensor, log_ratio_T: Tensor) -> Tensor:

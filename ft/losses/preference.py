@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ft.losses.pairs import EXPONENT, check_smoothing, logistic
+from ft.losses.pairs import EXPONENT, check_smoothing, logistic_share
 from ft.losses.reduce import (
     Count,
     check_number,
@@ -206,15 +206,15 @@ def cpo(
         if n_w is None or n_l is None:
             raise ValueError("cpo: ipo: expected lengths=(chosen_P, rejected_P), got None")
         n_w, n_l = (upcast(n).detach().clamp(min=1) for n in (n_w, n_l))
-        loss_P = (chosen / n_w - rejected / n_l - 0.5 / beta) ** 2
+        loss = mean_share((chosen / n_w - rejected / n_l - 0.5 / beta) ** 2, units)
     elif kind == "hinge":
-        loss_P = torch.relu(1 - beta * (chosen - rejected))
+        loss = mean_share(torch.relu(1 - beta * (chosen - rejected)), units)
     else:
-        loss_P = logistic(beta * (chosen - rejected), label_smoothing)
+        loss = logistic_share(beta * (chosen - rejected), label_smoothing, units)
     if sft != 0:
         sft_P = chosen if sft_P is None else sft_P
         tokens = lengths[0].sum() if tokens is None and lengths is not None else tokens
-    loss, nll = _with_sft("cpo", mean_share(loss_P, units), sft, sft_P, tokens)
+    loss, nll = _with_sft("cpo", loss, sft, sft_P, tokens)
     return LossOutput(loss=loss, sums=detached(_reference_free_sums(beta, chosen, rejected, units) | nll))
 
 
@@ -243,9 +243,9 @@ def simpo(
     check_smoothing("simpo", label_smoothing)
     chosen, rejected, units = _paired("simpo", chosen_mean_P, rejected_mean_P, units)
     r_w, r_l = _alpha_reward(chosen, alpha), _alpha_reward(rejected, alpha)
-    loss = mean_share(logistic(beta * (r_w - r_l) - gamma, label_smoothing), units)
-    sums = pair_sums(beta * r_w, beta * r_l, units, **_logps(chosen, rejected))
-    return LossOutput(loss=loss, sums=detached(sums))
+    loss = logistic_share(beta * (r_w - r_l) - gamma, label_smoothing, units)
+    sums = pair_sums(beta * r_w.detach(), beta * r_l.detach(), units, **_logps(chosen, rejected))
+    return LossOutput(loss=loss, sums=sums)
 
 
 def _alpha_reward(mean_P: Tensor, alpha: float) -> Tensor:
@@ -299,8 +299,8 @@ def _logps(chosen_P: Tensor, rejected_P: Tensor) -> dict[str, Tensor]:
 def _reference_free_sums(
     beta: float, chosen_P: Tensor, rejected_P: Tensor, units: Count, **more: Tensor
 ) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return pair_sums(beta * chosen_P, beta * rejected_P, units, **_logps(chosen_P, rejected_P), **more)
+    chosen_P, rejected_P = chosen_P.detach(), rejected_P.detach()
+    return pair_sums(beta * chosen_P, beta * rejected_P, units, **_logps(chosen_P, rejected_P), **more)
 
 
 def _label_sums(

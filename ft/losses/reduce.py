@@ -39,9 +39,12 @@ def share(total: Tensor, count: Count) -> Tensor:
     ``count`` counts items; an empty step gives 0 / 1 and never 0 / 0. It carries no gradient. A Python number is used
     as it is, which copies nothing to the device.
     """
-    if isinstance(count, Tensor):
-        return total / count.detach().clamp(min=1).to(total.dtype)
-    return total / max(count, 1)
+    return total / at_least_one(count, total.dtype)
+
+
+def at_least_one(count: Count, dtype: torch.dtype) -> Count:
+    """What ``share`` divides by, for those who divide by it more than once."""
+    return count.detach().clamp(min=1).to(dtype) if isinstance(count, Tensor) else max(count, 1)
 
 
 def mean_share(x_N: Tensor, count: Count | None = None) -> Tensor:
@@ -62,9 +65,8 @@ def detached(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def mean_shares(rows: Mapping[str, Tensor], count: Count) -> dict[str, Tensor]:
     """``mean_share`` of each, [P] and to be logged, in one go: on short tensors a call costs more than its sum."""
-    with torch.no_grad():
-        means = share(torch.stack([upcast(x_P) for x_P in rows.values()]).sum(1), count)
-        return dict(zip(rows, means.unbind(), strict=True))
+    means = share(torch.stack([upcast(x_P) for x_P in rows.values()]).detach().sum(1), count)
+    return dict(zip(rows, means.unbind(), strict=True))
 
 
 def pair_sums(chosen_P: Tensor, rejected_P: Tensor, count: Count, **more: Tensor) -> dict[str, Tensor]:

@@ -35,8 +35,8 @@ class Terms(NamedTuple):
     adv_N: Tensor
 
     def trained(self) -> Tensor:
-        """How many tokens, 0-d. A function, as who gives ``tokens`` may have no use for it."""
-        return trained(self.mask, self.sequences)
+        """How many tokens, 0-d. A function, as who is given ``tokens`` has no use for it."""
+        return (self.mask.trained_T if self.level == "token" else known(self).trained_S).sum()
 
     def masked_logp_T(self) -> Tensor:
         return self.mask.keep(self.logp_T)
@@ -149,11 +149,6 @@ def log_ratios(
 def hold(log_N: Tensor) -> Tensor:
     """Within the bound, in its place."""
     return log_N.clamp_(-BOUND, BOUND)
-
-
-def trained(mask: Mask, sequences: Sequences | None) -> Tensor:
-    """How many tokens are trained, 0-d: the sum over sequences, whose numbers are mostly needed anyway."""
-    return mask.trained_T.sum() if sequences is None else sequences.trained_S.sum()
 
 
 def _advantage(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ft.losses.kl import exp_minus
 from ft.losses.reduce import Count, share
-from ft.losses.terms import hold, log_ratios, trained
+from ft.losses.terms import hold, log_ratios
 
 
 class Drift(NamedTuple):
@@ -69,7 +69,7 @@ def drift(
     inverse_max = _max(here_N / ratio_N)
     ratio_N.mul_(here_N)
     totals = torch.stack([approx_kl, torch.dot(ratio_N, count_N)])
-    approx_kl, ratio = share(totals, trained(mask, sequences) if tokens is None else tokens).unbind()
+    approx_kl, ratio = share(totals, count_N.sum() if tokens is None else tokens).unbind()
     maxes = {"ratio_max": _max(ratio_N), "ratio_inverse_max": inverse_max}
     return Drift({"approx_kl": approx_kl, "ratio": ratio}, maxes)
 
