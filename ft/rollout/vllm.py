@@ -253,7 +253,8 @@ class VLLMSampler:
         problem = kinds.get(type(error), "the vLLM server cannot be reached")
         return ServerError(
             problem + (f" (for {source})" if source else "") + log, where=url, got=str(error),
-            fix="mend the server, then go on from the newest checkpoint with --resume",
+            fix="mend the server, then go on from the newest checkpoint with --resume"
+            + ("" if self.server else ", and with sampler.url=... where it has another address now"),
         )  # fmt: skip
 
     def _client(self) -> Client:
