@@ -99,7 +99,7 @@ def _nf4(name: str, launch: Launch) -> Work:
         return _work(problem, packed + n * SIZE[launch.signature["out"]])
     rows = launch.constants["BLOCK_M"]
     flops = {"forward_kernel": 2 * rows * n, "backward_kernel": 2 * rows * n}[kernel]
-    return _work(f"{rows} rows, {problem}", packed + 2 * 2 * rows * 4096, flops)
+    return _work(f"{problem} with {rows} rows", packed + 2 * 2 * rows * 4096, flops)
 
 
 # ---- log-probs ------------------------------------------------------------------------------------------------------

@@ -76,28 +76,35 @@ def peaks(console: Console) -> None:
 
 
 def kernel_rooflines(works: Mapping[str, Work | None], rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """A row a kernel, for the targets that it was compiled for; kernels for one maker each share a row."""
-    table = _bounds(f"Least time of each Triton kernel at one problem: {BOUNDS}",
-                    "kernel", "problem", "bytes", "FLOPs", "FLOP/B", *PEAKS)  # fmt: skip
-    compiled: dict[str, set[str]] = {}
+    """A table an op, a row a kernel, for the targets that it was compiled for; one for each maker shares a row."""
+    merged: dict[tuple[str, str], dict[str, Work]] = {}
     for row in rows:
-        if works.get(row["name"]):
-            compiled.setdefault(row["name"], set()).add(row["target"])
-    merged: dict[str, dict[str, Work]] = {}
-    for name, targets in compiled.items():
-        kernel = name.removesuffix(", NVIDIA").removesuffix(", AMD")
-        merged.setdefault(kernel, {}).update(dict.fromkeys(targets, works[name]))  # type: ignore[misc]
-    for kernel, by_target in merged.items():
-        first = next(iter(by_target.values()))
-        cells = [
-            _bound(least(by_target[t].cost, peak, single=by_target[t].single)) if t in by_target else "-"
-            for t, peak in PEAKS.items()
-        ]
-        table.add_row(escape(kernel), first.problem, *_work(first.cost), *cells)
-    if merged:
-        console.print(table)
+        if work := works.get(row["name"]):
+            op, _, kernel = row["name"].removesuffix(", NVIDIA").removesuffix(", AMD").partition(".")
+            merged.setdefault((op, kernel), {})[row["target"]] = work
+    console.print(f"[bold]Least time of each Triton kernel at one problem: {BOUNDS}[/bold]")
+    for op in dict.fromkeys(op for op, _ in merged):
+        console.print(_of_op(op, {kernel: works for (owner, kernel), works in merged.items() if owner == op}))
     if missing := [name for name, work in works.items() if work is None]:
         console.print(f"no problem is stated for {escape(', '.join(missing))}", style="yellow", highlight=False)
+
+
+def _of_op(op: str, kernels: Mapping[str, Mapping[str, Work]]) -> Table:
+    """What all problems share stands in the title, the rest beside each kernel."""
+    problems = {kernel: next(iter(works.values())).problem.split() for kernel, works in kernels.items()}
+    first = next(iter(problems.values()))
+    shared = [word for word in first if all(word in words for words in problems.values())]
+    table = _bounds(
+        f"{op}: {' '.join(shared)}" if shared else op, "kernel", "problem", "bytes", "FLOPs", "FLOP/B", *PEAKS
+    )
+    for kernel, works in kernels.items():
+        own = " ".join(word for word in problems[kernel] if word not in shared)
+        cells = [
+            _bound(least(works[t].cost, peak, single=works[t].single)) if t in works else "-"
+            for t, peak in PEAKS.items()
+        ]
+        table.add_row(escape(kernel), own, *_work(next(iter(works.values())).cost), *cells)
+    return table
 
 
 def rooflines(cases: Sequence[tuple[str, Cost]], console: Console) -> None:
