@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from ft.kernels.experts import LoRA, Params
 from ft.kernels.experts.chunks import Chunk, Route, route
 from ft.kernels.experts.projection import Act, Kind, Needs, Tensors, Weights, split, sum_dtype, weights, width
-from ft.kernels.nf4 import dequantise, slice_rows
+from ft.kernels.nf4 import dequantise, split_rows
 
 
 def experts(
@@ -72,7 +72,7 @@ def matrices(w: Weights, chunk: Chunk, dtype: torch.dtype) -> Iterator[Tensor]:
     elif w.shape[1] * w.shape[2] % w.block:  # scales straddle experts
         yield dequantise(w, dtype)[chunk.expert_C]
     else:
-        yield from (dequantise(slice_rows(w, e, e + 1), dtype) for e in chunk.experts)
+        yield from (dequantise(one, dtype) for one in split_rows(w, chunk.experts))
 
 
 def _project(

@@ -4,7 +4,7 @@ from ft.kernels.nf4.bnb import from_bnb, to_bnb
 from ft.kernels.nf4.format import BLOCKS, NF4Tensor, dynamic_map, nbytes, nf4_code
 from ft.kernels.nf4.ops import dequantise, dequantise_rows, quantise
 from ft.kernels.nf4.product import linear
-from ft.kernels.nf4.reference import slice_rows
+from ft.kernels.nf4.reference import split_rows
 
 __all__ = [
     "BLOCKS",
@@ -17,6 +17,6 @@ __all__ = [
     "nbytes",
     "nf4_code",
     "quantise",
-    "slice_rows",
+    "split_rows",
     "to_bnb",
 ]

@@ -7,7 +7,7 @@ R rows of dimension 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -176,6 +176,7 @@ def dequantise(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
     out = torch.empty(n, dtype=q.dtype, device=device)
     piece = max(2, min(_piece(device), n + n % 2))
     index = torch.empty(piece // 2, dtype=torch.int32, device=device)
+    scale_B = _scales(q)  # at once: 4 bytes a block are little, and calls are not
     # float32 values are made in their place, unless a last byte holds a value too many.
     values = None if q.dtype == torch.float32 and n % 2 == 0 else torch.empty(piece, device=device)
     for start in range(0, n, piece):
@@ -183,7 +184,7 @@ def dequantise(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
         to = out[start:stop]
         into = to if values is None else values[: len(to) + len(to) % 2]
         _lookup(q.packed[start // 2 : -(-stop // 2)], index, into)
-        _multiply(into, _scales(q, start // q.block, -(-stop // q.block)), q.block)
+        _multiply(into, scale_B[start // q.block : -(-stop // q.block)], q.block)
         if values is not None:
             to.copy_(into[: len(to)])
     return out.view(q.shape).to(dtype or q.dtype)
@@ -210,24 +211,13 @@ def _pairs(device: torch.device) -> Tensor:
     return torch.stack([code[byte >> 4], code[byte & 15]], -1).view(torch.float64).view(-1).to(device)
 
 
-def _scales(q: NF4Tensor, start: int, stop: int) -> Tensor:
-    """float32 scale of blocks start..stop."""
-    if q.absmax2 is None:
-        return q.absmax[start:stop]
-    if q.offset is None or start % NESTED_BLOCK:
-        return _scales_at(q, torch.arange(start, stop, device=q.absmax.device))
-    scale_B = _dynamic(q.absmax.device).index_select(0, q.absmax[start:stop].int())
-    _multiply(scale_B, q.absmax2[start // NESTED_BLOCK : -(-stop // NESTED_BLOCK)], NESTED_BLOCK)
-    return scale_B.add_(q.offset)
-
-
-def _scales_at(q: NF4Tensor, index_B: Tensor) -> Tensor:
-    """float32 scale of the blocks named."""
-    absmax_B = q.absmax.index_select(0, index_B)
+def _scales(q: NF4Tensor) -> Tensor:
+    """float32 scale of every block."""
     if q.absmax2 is None or q.offset is None:
-        return absmax_B
-    scale_B = _dynamic(absmax_B.device).index_select(0, absmax_B.int())
-    return scale_B.mul_(q.absmax2.index_select(0, index_B // NESTED_BLOCK)).add_(q.offset)
+        return q.absmax
+    scale_B = _dynamic(q.absmax.device).index_select(0, q.absmax.int())
+    _multiply(scale_B, q.absmax2, NESTED_BLOCK)
+    return scale_B.add_(q.offset)
 
 
 _dynamic = cache(dynamic_map)
@@ -237,38 +227,55 @@ _dynamic = cache(dynamic_map)
 
 
 @torch.no_grad()
-def slice_rows(q: NF4Tensor, start: int, stop: int) -> NF4Tensor:
-    """Rows ``start:stop`` of dimension 0, sharing the bytes of ``q``; its scales are float32.
+def split_rows(q: NF4Tensor, rows: Sequence[int]) -> list[NF4Tensor]:
+    """Each of these rows of dimension 0, (1, ...), sharing the bytes of ``q``; scales are float32, of all made at once.
 
     Raises:
-        ModelError: a row is not a whole number of blocks, or there are no such rows.
+        ModelError: a row is not a whole number of blocks, or there is no such row.
     """
     row = row_size(q)
-    if not 0 <= start <= stop <= q.shape[0]:
-        raise ModelError("no such rows", expected=f"0 <= start <= stop <= {q.shape[0]}", got=f"{start}:{stop}")
-    return NF4Tensor(
-        packed=q.packed[start * row // 2 : stop * row // 2],
-        absmax=_scales(q, start * row // q.block, stop * row // q.block),
-        shape=(stop - start, *q.shape[1:]),
-        dtype=q.dtype,
-        block=q.block,
-    )
+    if not all(0 <= r < q.shape[0] for r in rows):
+        raise ModelError("no such rows", expected=f"0 .. {q.shape[0] - 1}", got=f"{min(rows)} .. {max(rows)}")
+    scale_RB = _row_scales(q, torch.tensor(rows, dtype=torch.int64, device=q.packed.device))
+    return [
+        NF4Tensor(
+            packed=q.packed[r * row // 2 : (r + 1) * row // 2],
+            absmax=scale_B,
+            shape=(1, *q.shape[1:]),
+            dtype=q.dtype,
+            block=q.block,
+        )
+        for r, scale_B in zip(rows, scale_RB.unbind(), strict=True)
+    ]
 
 
 @torch.no_grad()
 def dequantise_rows(q: NF4Tensor, index_R: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """As ``ops.dequantise_rows``."""
     row = row_size(q)
-    blocks = row // q.block
-    index_B = (index_R[:, None] * blocks + torch.arange(blocks, device=index_R.device)).view(-1)
     chosen = NF4Tensor(
         packed=q.packed.view(q.shape[0], row // 2).index_select(0, index_R).view(-1),
-        absmax=_scales_at(q, index_B),
+        absmax=_row_scales(q, index_R).view(-1),
         shape=(len(index_R), *q.shape[1:]),
         dtype=q.dtype,
         block=q.block,
     )
     return dequantise(chosen, dtype)
+
+
+def _row_scales(q: NF4Tensor, index_R: Tensor) -> Tensor:
+    """float32 scale of each block of the rows named, (R, blocks of a row)."""
+    absmax_RB = q.absmax.view(q.shape[0], -1).index_select(0, index_R)
+    if q.absmax2 is None or q.offset is None:
+        return absmax_RB
+    blocks = absmax_RB.shape[1]
+    scale_B = _dynamic(absmax_RB.device).index_select(0, absmax_RB.view(-1).int())
+    if blocks % NESTED_BLOCK == 0:
+        _multiply(scale_B, q.absmax2.view(q.shape[0], -1).index_select(0, index_R).view(-1), NESTED_BLOCK)
+    else:  # blocks of scales straddle rows
+        index_RB = index_R[:, None] * blocks + torch.arange(blocks, device=index_R.device)
+        scale_B.mul_(q.absmax2.index_select(0, index_RB.view(-1) // NESTED_BLOCK))
+    return scale_B.add_(q.offset).view_as(absmax_RB)
 
 
 def row_size(q: NF4Tensor) -> int:
