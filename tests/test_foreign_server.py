@@ -21,6 +21,7 @@ from tiny_models import build
 from ft import GRPO, VLLM, Data, LoRA, Model, Recipe, Sampling, dist
 from ft.dist import World
 from ft.errors import RecipeError, ServerError
+from ft.io.runfolder import is_free
 from ft.models import lora as loras
 from ft.models.build import Built
 from ft.models.experts import use_ft_experts
@@ -98,6 +99,11 @@ def test_an_adapter_that_the_server_fails_at_is_an_error_at_once(fake: Fake, wor
     with pytest.raises(ServerError, match=r"(?s)cannot apply the adapter.*rank 64.*lower adapter.r"):
         sampler(world, tmp_path, url=fake.url).sync(0)
     assert len(fake.asked("/v1/load_lora_adapter")) == 1
+
+
+def test_a_run_may_go_on_with_a_server_elsewhere():
+    assert is_free("sampler.url") and is_free("sampler.python") and is_free("judging.workers")
+    assert not is_free("sampler") and not is_free("sampler.canary") and not is_free("method.sampling.temperature")
 
 
 # --- the end of a run -------------------------------------------------------------------------------------------------
