@@ -5,18 +5,18 @@
 They take padded [B, W] tensors; ft takes the same tokens packed, or for preference losses the rows' sums, made the
 same way on both sides. Sequences are told by offsets, and advantages given one a row where the ratio is the row's, as
 theirs are. TRL's functions are called without a trainer, as the tests call them, so their metrics are counted, as
-ours are, though they are not the same. Both count clipped tokens; TRL's policy losses also average the entropy (two
-passes over the tokens), Liger's do not. ft's preference losses also average rewards, log-probs and accuracies, which
-TRL's trainers do outside of the functions timed here. How far the policy has moved from the old one is no part of
-ft's losses: the rows ``drift`` time the function that tells, alone, without a backward and against nothing, and ft's
-GRPO method pays it in addition, once for each micro-batch. TRL's RLOO is given the old log-probs summed beforehand.
-Its DPO and KTO functions also average what its model would give besides log-probs (entropy, top-1 hits). ``--fill``
-below 1 makes rows of random length: ft then has fewer tokens to go through, which is the point of packing, but not of
-this comparison; at 1 the rows are of one length, and ft sums them as rows. Contenders take turns in one process;
-figures are medians. ``MB`` is the peak of what one step allocates beyond its inputs, as PyTorch's profiler counts it,
-so freed temporaries count while they stand. ``ratio`` is ft's time over theirs, below 1 where ft is the faster;
-``best`` is the ratio of the least times, which says more where other processes take the processor away for longer
-than a step lasts.
+ours are, though they are not the same. Losses that clip count clipped tokens on both sides; TRL's policy losses also
+average the entropy (two passes over the tokens), Liger's do not. ft's orpo, cpo and simpo also average rewards,
+log-probs and accuracies, which TRL's trainers do outside of the functions timed here. How far the policy has moved
+from the old one is no part of ft's losses: the rows ``drift`` time the function that tells, alone, without a backward
+and against nothing, and ft's GRPO method pays it in addition, once for each micro-batch. TRL's RLOO is given the old
+log-probs summed beforehand. Its DPO and KTO functions also average what its model would give besides log-probs
+(entropy, top-1 hits). ``--fill`` below 1 makes rows of random length: ft then has fewer tokens to go through, which
+is the point of packing, but not of this comparison; at 1 the rows are of one length, and ft sums them as rows.
+Contenders take turns in one process; figures are medians. ``MB`` is the peak of what one step allocates beyond its
+inputs, as PyTorch's profiler counts it, so freed temporaries count while they stand. ``ratio`` is ft's time over
+theirs, below 1 where ft is the faster; ``best`` is the ratio of the least times, which says more where other
+processes take the processor away for longer than a step lasts.
 """
 
 from __future__ import annotations

@@ -41,6 +41,8 @@ def test_comparisons_and_slopes() -> None:
     assert grad_T[1:3].tolist() == [3, 75]
     with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
         torch.autograd.grad(grad_T[2], x_T)
+    laid = with_slope(x_T, torch.tensor(7.0), torch.tensor([2.0]), scale=0.5, lay=lambda slope_N: slope_N.expand(5))
+    assert laid.item() == 7 and torch.autograd.grad(3 * laid, x_T)[0].tolist() == [3] * 5
     whole = with_slope(x_T, torch.tensor(7.0), torch.arange(5.0))
     assert whole.item() == 7 and torch.autograd.grad(2 * whole, x_T)[0].tolist() == [0, 2, 4, 6, 8]
 
@@ -75,6 +77,11 @@ def test_sequences_of_one_length_are_summed_as_rows_to_the_same() -> None:
     assert rows._runs is not None and rows._runs.width == 2 and runs._runs is not None and runs._runs.width is None
     assert rows.sums(X_T).tolist() == runs.sums(torch.cat([X_T, X_T[:1]])).tolist() == [3, 12, 48]
     assert rows.lay(torch.tensor([5.0, 6.0, 7.0])).tolist() == [5, 5, 6, 6, 7, 7]
+    assert rows.lay_trained(torch.tensor([5.0, 6.0, 7.0])).tolist() == [5, 5, 0, 6, 0, 0]
+    for sequences in (rows, by_ids):
+        halves_S = 0.5 * torch.arange(3)
+        expected_T = X_T * sequences.lay(halves_S)
+        assert torch.equal(sequences.weighed_(X_T.clone(), halves_S), expected_T)
     assert rows.trained_S.tolist() == [2, 1, 0] and by_ids.sum(X_T).tolist() == [51, 51, 12, 12, 51, 51]
     single = Sequences(None, mask_T[:1], torch.tensor([0, 1]))
     value_S = torch.tensor([5.0])

@@ -92,6 +92,11 @@ class Sequences:
         """The number of trained tokens of each, in the order of ``sums``, in float32."""
         return self.sums(self.mask.trained_T)
 
+    @property
+    def summed_in_order(self) -> bool:
+        """Whether ``sums`` are fast and always the same: everywhere but for ids on a device."""
+        return self._runs is not None
+
     def sums(self, x_T: Tensor) -> Tensor:
         """One sum for each sequence, [S], 0 in places of no sequence, of what has no gradient.
 
@@ -127,6 +132,14 @@ class Sequences:
             return self.mask.keep_(self.lay(x_S))
         # Of rows, one pass does both.
         return where_over(x_S[:, None].expand(-1, width), self.mask.trained_T.view(-1, width), 0.5).view(-1)
+
+    def weighed_(self, x_T: Tensor, weight_S: Tensor) -> Tensor:
+        """``x_T`` times the number of its sequence, in its place."""
+        width = None if self._runs is None or self._runs.place_R is not None else self._runs.width
+        if width is None:
+            return x_T.mul_(self.lay(weight_S))
+        x_T.view(-1, width).mul_(weight_S[:, None])
+        return x_T
 
     @cached_property
     def _runs(self) -> _Runs | None:

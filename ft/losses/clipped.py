@@ -19,7 +19,7 @@ from ft.losses import aggregate as average
 from ft.losses import kl as kl_terms
 from ft.losses.elementwise import Lay, greater, less, with_slope
 from ft.losses.reduce import Count, at_least_one, check_number, check_option, check_same, upcast
-from ft.losses.terms import Score, Spread, Term, Terms, known, terms
+from ft.losses.terms import Score, Spread, Term, Terms, hold, known, terms
 from ft.types import LossOutput
 
 
@@ -189,6 +189,10 @@ def _weighed(
     if isinstance(term, Score):
         return _weighed_score(term, t, factor_T, aggregate)
     weight_N = None
+    if not term.by_sequence and factor_T is None and aggregate == "sequence" and known(t).summed_in_order:
+        each_S = known(t).length_S.reciprocal().to(t.adv_N.dtype)
+        total = torch.dot(known(t).sums(term.value_N), each_S)
+        return total, *term.spread(known(t).weighed_(term.slope_N, each_S))
     if not term.by_sequence:
         weight_N = _product(factor_T, _each(t, aggregate, by_sequence=False))
     elif factor_T is not None:
@@ -245,7 +249,7 @@ def _kl(
         value_T, slope_T = value_T * each_T, slope_T * each_T
     if not corrected:
         return value_T.sum(), slope_T, mean
-    ratio_N = t.ratio_N()
+    ratio_N = hold(t.log_ratio_N).exp()
     ratio_T = t.at_T(ratio_N)
     by_ratio_N = (known(t).sums(value_T) if t.by_sequence else value_T) * t.by_log_ratio_N(ratio_N)
     return torch.dot(value_T, ratio_T), _laid(t.spread(by_ratio_N)).addcmul(slope_T, ratio_T), mean

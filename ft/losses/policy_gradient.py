@@ -117,7 +117,7 @@ def sapo(
     """
     for value in tau:
         check_number("tau", value, 0, open_low=True)
-    t = terms("sapo", logp_T, old_logp_T, adv_T, mask_T, level=level, **_told_apart(common))
+    t = terms("sapo", logp_T, old_logp_T, adv_T, mask_T, level=level, held=False, **_told_apart(common))
     # tau (1 - r), and with it 1 - gate: each is a step less than tau (r - 1) and the gate, and the slope is the same.
     tau_N, ratio_N = torch.rsub(greater(t.adv_N, 0), tau[1], alpha=tau[1] - tau[0]), t.ratio_N()
     slope_N = t.by_log_ratio_N(ratio_N)

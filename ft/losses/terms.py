@@ -31,7 +31,7 @@ class Terms(NamedTuple):
     sequences: Sequences | None
     level: str
     by_sequence: bool  # N is S
-    log_ratio_N: Tensor  # held to +-20
+    log_ratio_N: Tensor  # held to +-20, unless asked otherwise
     adv_N: Tensor
 
     def trained(self) -> Tensor:
@@ -106,16 +106,18 @@ def terms(
     adv_S: Tensor | None = None,
     level: str = "token",
     lay: bool = True,
+    held: bool = True,
 ) -> Terms:
     """Check and mask the inputs of a policy loss, and raise the log-ratio to ``level`` (see ``grpo``).
 
     Each input is cut off its graph here: nothing that is made of them has one, until ``with_slope``. ``lay`` False
-    leaves ``adv_S`` one a sequence also where the ratio is of tokens.
+    leaves ``adv_S`` one a sequence also where the ratio is of tokens; ``held`` False leaves log-ratios of tokens out of
+    their bound, for a loss that is itself bounded where the ratio is infinite.
     """
     _check_advantage(what, adv_T, adv_S, cu_S1, mask_T)
     by_sequence = level in ("sequence", "sequence_sum") and adv_S is not None
     mask, sequences, log_T, raised_S = log_ratios(what, logp_T, old_logp_T, mask_T, seq_T, cu_S1, level)
-    log_N = hold(log_T) if raised_S is None else raised_S
+    log_N = (hold(log_T) if held else log_T) if raised_S is None else raised_S
     if raised_S is not None and sequences is not None and not by_sequence:
         log_N = sequences.lay(raised_S)
     adv_N = _advantage(adv_T, adv_S, mask, sequences, by_sequence=by_sequence or not lay).to(log_T.dtype)
