@@ -33,6 +33,7 @@ from ft import (
     RewardFunction,
     Sampling,
     dist,
+    losses,
 )  # fmt: skip
 from ft.dist import World
 from ft.errors import FtError, RecipeError
@@ -171,6 +172,21 @@ def test_reinforce_and_dppo_by_hand() -> None:
     weight_T = ((logp_T - said_T).exp() * ~dropped_T).detach()
     assert dropped_T[mask_T].any() and not dropped_T[mask_T].all()
     torch.testing.assert_close(by_method(method, c), -(weight_T * adv_T * logp_T)[mask_T].sum() / n)
+
+
+@pytest.mark.parametrize(
+    ("objective", "level"),
+    [(Clipped(), "token"), (Clipped(level="sequence"), "sequence"), (LUSPO(), "sequence"), (RLOO(), "sequence_sum"),
+     (CISPO(level="sequence"), "sequence"), (SAPO(), "token"), (GMPO(), "token"), (VESPO(), "token")],
+)  # fmt: skip
+def test_what_is_logged_is_how_far_the_policy_has_moved_at_the_level_of_the_loss(objective: Any, level: str) -> None:
+    c = case()
+    logp_T, old_T, _, mask_T = c.args
+    said = LogProbs(logp_T=logp_T, entropy_T=torch.zeros_like(old_T))
+    out = grpo(objective=objective).loss(said, as_batch(c), Counts(tokens=40, seqs=4))
+    moved = losses.drift(logp_T, old_T, mask_T, seq_T=c.seq_T, level=level, tokens=40)
+    assert {name: out.sums[name] for name in moved.sums} == moved.sums and out.maxes == moved.maxes
+    assert out.sums["approx_kl"] > 0 and out.maxes["ratio_inverse_max"] > 1
 
 
 def test_ratios_to_the_sampler_are_1_where_it_said_nothing() -> None:
