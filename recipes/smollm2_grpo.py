@@ -14,12 +14,12 @@ recipe = Recipe(
     method=GRPO(
         rewards=last_number,
         group=8,
-        sampling=Sampling(max_tokens=24, temperature=1.0),
+        sampling=Sampling(max_tokens=24, temperature=0.7),
     ),
-    optim=AdamW(lr=1e-4),
+    optim=AdamW(lr=2e-4),
     schedule=Constant(warmup=3.0),
     batch=Batching(examples=8, tokens=4096),
     eval=Eval(every=20),
     save=Save(every=20),
-    steps=80,
+    steps=40,
 )

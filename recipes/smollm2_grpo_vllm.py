@@ -3,22 +3,8 @@
 The server is started by the run and ends with it. Its Python is named by sampler.python or $FT_VLLM_PYTHON.
 """
 
-from ft import (
-    GRPO,
-    VLLM,
-    AdamW,
-    Batching,
-    Constant,
-    Data,
-    Eval,
-    LoRA,
-    Model,
-    Recipe,
-    RewardFunction,
-    Sampling,
-    Save,
-)
-from ft.rollout.rewards import last_number, short
+from ft import GRPO, VLLM, AdamW, Batching, Constant, Data, Eval, LoRA, Model, Recipe, Sampling, Save
+from ft.rollout.rewards import last_number
 
 recipe = Recipe(
     model=Model(id="HuggingFaceTB/SmolLM2-135M-Instruct", family="llama", dtype="float32", checkpointing=False),
@@ -29,15 +15,15 @@ recipe = Recipe(
         max_tokens=256,
     ),
     method=GRPO(
-        rewards=(last_number, RewardFunction(function=short, weight=0.1, options={"most": 8})),
+        rewards=last_number,
         group=8,
-        sampling=Sampling(max_tokens=32, temperature=1.0),
+        sampling=Sampling(max_tokens=24, temperature=0.7),
     ),
     sampler=VLLM(),
     optim=AdamW(lr=2e-4),
     schedule=Constant(warmup=3.0),
     batch=Batching(examples=8, tokens=4096),
-    eval=Eval(every=25),
-    save=Save(every=25),
-    steps=100,
+    eval=Eval(every=20),
+    save=Save(every=20),
+    steps=40,
 )
