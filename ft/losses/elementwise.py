@@ -70,7 +70,7 @@ def with_slope(
     return _WithSlope.apply(x_N, value, slope_N, scale, lay)  # type: ignore[return-value]
 
 
-def greater(x_N: Tensor, y: float) -> Tensor:
+def greater(x_N: Tensor, y: Tensor | float) -> Tensor:
     """1.0 where x > y, 0.0 elsewhere, in the type of x."""
     return torch.gt(x_N.detach(), y, out=torch.empty_like(x_N, requires_grad=False))
 

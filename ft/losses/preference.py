@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ft.losses.elementwise import greater
 from ft.losses.pairs import EXPONENT, check_smoothing, logistic_share
 from ft.losses.reduce import (
     Count,
@@ -24,7 +25,7 @@ from ft.losses.reduce import (
     detached,
     keep,
     mean_share,
-    pair_sums,
+    mean_shares,
     share,
     upcast,
 )
@@ -163,8 +164,8 @@ def orpo(
     # Beside w itself log(1 - p) loses nothing in this form: where expm1 rounds to -1, it is below w's last bit.
     log_odds = (w - l) - (torch.log(-torch.expm1(w)) - torch.log(-torch.expm1(l)))
     loss, nll = _with_sft("orpo", mean_share(-beta * F.logsigmoid(log_odds), units), 1.0, sft_P, tokens)
-    sums = _reference_free_sums(beta, chosen, rejected, units, log_odds=log_odds) | nll
-    return LossOutput(loss=loss, sums=detached(sums))
+    sums = _reference_free_sums(beta, chosen, rejected, units, log_odds=log_odds)
+    return LossOutput(loss=loss, sums=sums | detached(nll))
 
 
 def cpo(
@@ -215,7 +216,7 @@ def cpo(
         sft_P = chosen if sft_P is None else sft_P
         tokens = lengths[0].sum() if tokens is None and lengths is not None else tokens
     loss, nll = _with_sft("cpo", loss, sft, sft_P, tokens)
-    return LossOutput(loss=loss, sums=detached(_reference_free_sums(beta, chosen, rejected, units) | nll))
+    return LossOutput(loss=loss, sums=_reference_free_sums(beta, chosen, rejected, units) | detached(nll))
 
 
 def simpo(
@@ -244,8 +245,8 @@ def simpo(
     chosen, rejected, units = _paired("simpo", chosen_mean_P, rejected_mean_P, units)
     r_w, r_l = _alpha_reward(chosen, alpha), _alpha_reward(rejected, alpha)
     loss = logistic_share(beta * (r_w - r_l) - gamma, label_smoothing, units)
-    sums = pair_sums(beta * r_w.detach(), beta * r_l.detach(), units, **_logps(chosen, rejected))
-    return LossOutput(loss=loss, sums=sums)
+    sums = _reference_free_sums(beta, r_w, r_l, units)
+    return LossOutput(loss=loss, sums=sums if alpha == 0 else sums | _logps(chosen, rejected, units))
 
 
 def _alpha_reward(mean_P: Tensor, alpha: float) -> Tensor:
@@ -292,15 +293,21 @@ def _with_sft(
     return loss + weight * nll, {"nll": nll}
 
 
-def _logps(chosen_P: Tensor, rejected_P: Tensor) -> dict[str, Tensor]:
-    return {"logps/chosen": chosen_P, "logps/rejected": rejected_P}
+def _logps(chosen_P: Tensor, rejected_P: Tensor, units: Count) -> dict[str, Tensor]:
+    return mean_shares({"logps/chosen": chosen_P, "logps/rejected": rejected_P}, units)
 
 
 def _reference_free_sums(
     beta: float, chosen_P: Tensor, rejected_P: Tensor, units: Count, **more: Tensor
 ) -> dict[str, Tensor]:
+    """Where a reward is ``beta`` times a log-prob, and so are their means. On short tensors it is calls that cost."""
     chosen_P, rejected_P = chosen_P.detach(), rejected_P.detach()
-    return pair_sums(beta * chosen_P, beta * rejected_P, units, **_logps(chosen_P, rejected_P), **more)
+    rows = torch.stack((chosen_P, rejected_P, greater(chosen_P, rejected_P), *more.values())).detach()
+    logp_w, logp_l, accuracy, *others = share(rows.sum(1), units).unbind()
+    reward_w, reward_l = beta * logp_w, beta * logp_l
+    rewards = {"rewards/chosen": reward_w, "rewards/rejected": reward_l, "rewards/margins": reward_w - reward_l}
+    logps = {"logps/chosen": logp_w, "logps/rejected": logp_l, "rewards/accuracies": accuracy}
+    return rewards | logps | dict(zip(more, others, strict=True))
 
 
 def _label_sums(
