@@ -38,7 +38,7 @@ from ft.rollout import canary
 from ft.rollout.client import Client, Malformed, Refused, Unreachable, in_parallel
 from ft.rollout.rewards import exact
 from ft.rollout.sent import Weights
-from ft.rollout.server import Launch, Server, arguments, environment, interpreter, retried
+from ft.rollout.server import Launch, Server, arguments, environment, interpreter, last_words, retried
 from ft.rollout.vllm import VLLMSampler, sampling_options, seed_of
 from ft.train.loop import train
 from ft.types import Example
@@ -488,6 +488,21 @@ def test_one_that_fails_is_started_again_and_the_rollout_goes_on(
     assert gone(pids(tmp_path))
 
 
+def test_an_error_shows_what_went_wrong_first_in_the_server_s_last_start(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text(
+        "--- 2026-01-01 10:00:00 python\nValueError: of the start before\n"
+        "--- 2026-01-01 11:00:00 python\nWARNING OSError: [Errno 24] may come\n"
+        "(Worker) ERROR [x.py:1] RuntimeError: CPU Generator does not use offset\n"
+        + "INFO 500 Internal Server Error\n" * 40
+        + "EngineDeadError: see above\n"
+    )
+    assert last_words(log, 2) == (
+        "; the first error in its log:\n  | RuntimeError: CPU Generator does not use offset; its log ends:\n"
+        "  | INFO 500 Internal Server Error\n  | EngineDeadError: see above"
+    )
+
+
 def test_it_outlives_the_thread_that_started_it(start: Callable[..., Server]):
     server = start()
     thread = threading.Thread(target=server.start)
@@ -627,6 +642,9 @@ def test_the_servers_arguments_follow_the_recipe():
     assert words[words.index("--logprobs-mode") + 1] == "processed_logprobs"
     assert words[words.index("--max-model-len") + 1] == "132"
     assert "--enable-lora" not in arguments(recipe(adapter=None), 132)
+    if not torch.cuda.is_available():  # prompts are read whole, whatever else the server is to do
+        assert "--no-enable-chunked-prefill" in words
+        assert int(words[words.index("--max-num-batched-tokens") + 1]) >= 132
 
 
 def test_the_servers_environment_is_its_own(monkeypatch: pytest.MonkeyPatch):

@@ -142,6 +142,15 @@ def test_the_servers_log_probs_have_the_temperature_in_them(stand: Stand):
     stand.sampler._check_temperature()
 
 
+def test_prompts_of_more_tokens_than_it_takes_at_a_time(stand: Stand):
+    """A CPU's server dies of them where prompts may be read in parts; see ``ft.rollout.server.arguments``."""
+    stand.sampler.sync(stand.step)
+    stand.sampler.sampling = Sampling(max_tokens=2)
+    assert 24 * sum(len(prompt.tokens_L) for prompt in stand.prompts) > 2 * 2048
+    groups = stand.sampler.rollout(stand.prompts, 24, stand.step)
+    assert [len(group) for group in groups] == [24] * len(stand.prompts)
+
+
 def test_answers_are_a_function_of_the_seed(stand: Stand):
     stand.sampler.sync(stand.step)
     stand.sampler.sampling = Sampling(max_tokens=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -26,6 +27,9 @@ from ft.rollout.client import Client, Malformed, Refused, Unreachable
 BASE = "base"  # what the model without adapter is called
 TOKEN = "FT_VLLM_TOKEN"
 PYTHON = "FT_VLLM_PYTHON"
+_STARTED = re.compile(r"^--- \d{4}-.*$", re.MULTILINE)
+_ERROR = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .+")
+_BATCHED = 2048  # tokens that a server takes at a time, which is also vLLM's own choice for small machines
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has buffers for
 # What torchrun and this environment set for us, and would lead the server astray.
 _OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
@@ -77,11 +81,15 @@ def arguments(recipe: Recipe, context: int) -> tuple[str, ...]:
         "--served-model-name", BASE, "--dtype", recipe.model.dtype, "--max-model-len", str(context),
         "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--seed", str(recipe.seed),
     )  # fmt: skip
-    eager = () if torch.cuda.is_available() else ("--enforce-eager",)
+    if not torch.cuda.is_available():
+        # vLLM on a CPU dies of an answer that has a seed and whose prompt is read in two parts ("CPU Generator does not
+        # use offset"), as happens wherever the prompts of a step are more tokens than it takes at a time.
+        whole = ("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(_BATCHED, context)))
+        common = (*common, "--enforce-eager", *whole)
     if recipe.adapter is None:
-        return (*common, *eager)
+        return common
     rank = next((size for size in _RANKS if size >= recipe.adapter.r), recipe.adapter.r)
-    return (*common, *eager, "--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank))
+    return (*common, "--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank))
 
 
 def interpreter(options: VLLM) -> str:
@@ -219,16 +227,20 @@ def generates(client: Client, model: str) -> None:
 
 
 def last_words(log: Path | None, lines: int = 15) -> str:
-    """The end of a log, short enough for an error."""
+    """The first error of the server's last start, and the end of the log: what is between may be a thousand lines."""
     if log is None:
         return "; what it printed stands above"
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 20_000))
+            file.seek(max(0, log.stat().st_size - 1_000_000))
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
-    return "; its log ends:\n" + "\n".join("  | " + line[:220] for line in text.splitlines()[-lines:])
+    said = _STARTED.split(text)[-1].splitlines()
+    errors = (_ERROR.search(line) for line in said if "WARNING" not in line)
+    first = next((found.group() for found in errors if found), None)
+    cause = "" if first is None else f"; the first error in its log:\n  | {first[:220]}"
+    return f"{cause}; its log ends:\n" + "\n".join("  | " + line[:220] for line in said[-lines:])
 
 
 def retried(
