@@ -272,6 +272,10 @@ class Sampler(Protocol):
         ...
 
 
+Arrived = Callable[[Sequence[Rollout]], None]
+"""Takes all answers to one prompt as soon as they are there, in any thread."""
+
+
 class Environment(Protocol):
     """What replies to an answer, for answers of several turns: a frozen value, pure functions. See ``ft.rollout``."""
 

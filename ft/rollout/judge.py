@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import LifoQueue
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,10 +19,12 @@ from ft.dist import World
 from ft.errors import DataError
 from ft.recipe.typed import name_of
 from ft.rollout.process import Worker
-from ft.types import Rollout
+from ft.types import Arrived, Example, Rollout
 
 Notice = Callable[[str], None]
 Scored = tuple[float, str]  # a score, NaN for none, and why there is none if it should be there
+Job = tuple[Future[list[list[Scored]]], int]  # some answers' scores by each function, and one answer's place in them
+Key = tuple[Example, bytes, int]
 
 _UNTRIED = "not tried, since too many failed before"
 _FAILED = math.inf  # in the table that ranks share, where NaN is a None
@@ -53,8 +58,27 @@ def scorers_of(rewards: Sequence[Any]) -> list[Scorer]:
 
 
 @define(eq=False)
+class _Tally:
+    """How often each function has failed on answers that are drawn together, and may."""
+
+    most: float
+    failed: Counter[str] = field(factory=Counter)
+    lost: bool = False  # one failed more often: the run is to stop, and nothing more is tried
+    lock: Lock = field(factory=Lock)
+
+    def add(self, label: str, failures: int) -> None:
+        with self.lock:
+            self.failed[label] += failures
+            self.lost = self.lost or self.failed[label] > self.most
+
+
+@define(eq=False)
 class Judge:
-    """Implements ``ft.types.Judge``. ``close`` ends its processes."""
+    """Implements ``ft.types.Judge``. ``close`` ends its processes.
+
+    Groups may be scored before all answers of a draw are there (``expect``): a score and what is said of it are the
+    same. A call of a function has answers to one prompt then, and those of several otherwise.
+    """
 
     scorers: Sequence[Scorer]
     decode: Callable[[Sequence[int]], str]
@@ -64,11 +88,29 @@ class Judge:
     notice: Notice
     world: World
     pool: list[Worker] = field(init=False)
+    free: LifoQueue[Worker] = field(init=False)  # last in, first out: one that has its functions loaded goes first
     threads: ThreadPoolExecutor = field(init=False)  # kept, since a worker dies with the thread that started it
+    begun: dict[Key, Job] = field(init=False, factory=dict)  # on the first rank; no more than was drawn
+    closed: bool = field(init=False, default=False)
 
     def __attrs_post_init__(self) -> None:
         self.pool = [Worker(self.timeout) for _ in range(self.workers)]
-        self.threads = ThreadPoolExecutor(self.workers)
+        self.threads, self.free = ThreadPoolExecutor(self.workers), LifoQueue()
+        for worker in reversed(self.pool):
+            self.free.put(worker)
+
+    def expect(self, answers: int) -> Arrived:
+        """Of a draw of so many answers: what each group is given to when it is complete, to be scored at once.
+
+        ``score`` collects what has become of it. Only the first rank's workers score.
+        """
+        tally = _Tally(self.most_failures * answers)
+
+        def arrived(group: Sequence[Rollout]) -> None:
+            if self.world.first and not self.closed:
+                self.begun.update(zip(_keys(group), self._begin(group, answers, tally), strict=True))
+
+        return arrived
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with text, parts and reward. Every rank calls it with the same; the first one's workers score.
@@ -76,11 +118,11 @@ class Judge:
         Raises:
             DataError: more calls failed than may; on every rank.
         """
-        named = [r if r.text else evolve(r, text=self.decode(r.tokens_L.tolist())) for r in rollouts]
+        named = [self._named(rollout) for rollout in rollouts]
         table, failure = np.zeros((len(self.scorers), len(named))), None
         if self.world.first:
             try:
-                table[:] = [[_FAILED if why else s for s, why in self._scores(one, named)] for one in self.scorers]
+                table[:] = [[_FAILED if why else s for s, why in scores] for scores in self._scores(named)]
             except DataError as error:
                 failure = error
         if dist.any_rank(failure is not None, self.world):
@@ -95,18 +137,45 @@ class Judge:
         reward = sum(s.weight * score for s, score in known) if whole else None
         return evolve(rollout, reward=reward, parts={s.label: score for s, score in known})
 
-    def _scores(self, scorer: Scorer, rollouts: Sequence[Rollout]) -> list[Scored]:
-        """All samples in one call for each worker; where that fails, one by one, so that only the culprit is lost."""
-        size, most = -(-len(rollouts) // len(self.pool)) or 1, self.most_failures * len(rollouts)
-        parts = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
-        jobs = zip(self.pool, parts, strict=False)
-        found = [s for part in self.threads.map(lambda job: _part(scorer, job[0], job[1], most), jobs) for s in part]
-        failures = [(r, why) for r, (_, why) in zip(rollouts, found, strict=True) if why and why != _UNTRIED]
+    def _scores(self, rollouts: Sequence[Rollout]) -> list[list[Scored]]:
+        """By each function. What was not begun is scored in one call for each worker."""
+        begun = [self.begun.pop(key, None) for key in _keys(rollouts)]
+        rest = [rollout for rollout, job in zip(rollouts, begun, strict=True) if job is None]
+        others = iter(self._begin(rest, len(rest), _Tally(self.most_failures * len(rollouts))))
+        jobs = [job or next(others) for job in begun]
+        found = [[call.result()[i][place] for call, place in jobs] for i in range(len(self.scorers))]
+        for scorer, scored in zip(self.scorers, found, strict=True):
+            self._report(scorer, rollouts, scored)
+        return found
+
+    def _begin(self, rollouts: Sequence[Rollout], of: int, tally: _Tally) -> list[Job]:
+        """Have them scored in one call, or in several where ``of`` answers would leave workers idle otherwise."""
+        jobs: list[Job] = []
+        size = -(-of // len(self.pool)) or 1
+        for start in range(0, len(rollouts), size):
+            part = rollouts[start : start + size]
+            call = self.threads.submit(self._call, part, tally)
+            jobs += [(call, place) for place in range(len(part))]
+        return jobs
+
+    def _call(self, rollouts: Sequence[Rollout], tally: _Tally) -> list[list[Scored]]:
+        """Their scores by each function, in one of the threads, of which there is one for each worker."""
+        named, worker = [self._named(rollout) for rollout in rollouts], self.free.get()
+        try:
+            return [_part(scorer, worker, named, tally) for scorer in self.scorers]
+        finally:
+            self.free.put(worker)
+
+    def _named(self, rollout: Rollout) -> Rollout:
+        return rollout if rollout.text else evolve(rollout, text=self.decode(rollout.tokens_L.tolist()))
+
+    def _report(self, scorer: Scorer, rollouts: Sequence[Rollout], scored: Sequence[Scored]) -> None:
+        failures = [(r, why) for r, (_, why) in zip(rollouts, scored, strict=True) if why and why != _UNTRIED]
         for rollout, why in failures[:3]:
             self.notice(
                 f"{scorer.label} failed on an answer to {rollout.prompt.source}: {why}\n  {rollout.text[:200]!r}"
             )
-        if len(failures) > most:
+        if len(failures) > self.most_failures * len(rollouts):
             raise DataError(
                 f"the reward function {scorer.name} fails too often",
                 where=failures[0][0].prompt.source,
@@ -114,10 +183,10 @@ class Judge:
                 got=f"{len(failures)} of {len(rollouts)}; the first: {failures[0][1]}",
                 fix="try it by itself on a few rows: ft reward",
             )
-        return found
 
     def close(self) -> None:
-        """End the workers, also while they score: those calls come back as failures."""
+        """End the workers, also while they score: those calls come back as failures. What arrives later is left."""
+        self.closed = True
         for worker in self.pool:
             worker.closed = True
             worker.kill()
@@ -126,17 +195,27 @@ class Judge:
             worker.end()
 
 
-def _part(scorer: Scorer, worker: Worker, rollouts: Sequence[Rollout], most: float) -> list[Scored]:
-    """One worker's share. Where a call fails on several samples each is tried alone, until ``most`` have failed."""
+def _keys(rollouts: Sequence[Rollout]) -> Iterator[Key]:
+    """What tells answers apart: the prompt as it was asked this time, the tokens, and how many before had the same."""
+    before: Counter[tuple[Example, bytes]] = Counter()
+    for rollout in rollouts:
+        said = rollout.prompt, rollout.tokens_L.tobytes()
+        yield *said, before[said]
+        before[said] += 1
+
+
+def _part(scorer: Scorer, worker: Worker, rollouts: Sequence[Rollout], tally: _Tally) -> list[Scored]:
+    """All samples in one call; where that fails, one by one, so that only the culprit is lost."""
+    if tally.lost:
+        return [(math.nan, _UNTRIED)] * len(rollouts)
     reply = worker.call(scorer.name, arguments(scorer, rollouts))
     if reply.scores is not None:
-        return [(math.nan if s is None else s, reply.wrong.get(i, "")) for i, s in enumerate(reply.scores)]
-    if len(rollouts) == 1:
-        return [(math.nan, reply.why)]
-    found: list[Scored] = []
-    for rollout in rollouts:
-        enough = sum(bool(why) for _, why in found) > most
-        found += [(math.nan, _UNTRIED)] if enough else _part(scorer, worker, [rollout], most)
+        found = [(math.nan if s is None else s, reply.wrong.get(i, "")) for i, s in enumerate(reply.scores)]
+    elif len(rollouts) == 1:
+        found = [(math.nan, reply.why)]
+    else:
+        return [scored for rollout in rollouts for scored in _part(scorer, worker, [rollout], tally)]
+    tally.add(scorer.label, sum(bool(why) for _, why in found))
     return found
 
 

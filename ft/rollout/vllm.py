@@ -25,7 +25,7 @@ from ft.rollout.client import Broken, Client, Drawn, Malformed, Refused, Unreach
 from ft.rollout.sent import Weights
 from ft.rollout.server import BASE, Server, generates, last_words, retried
 from ft.rollout.shared import Answer, from_all_ranks, number, on_first
-from ft.types import Example, Rollout
+from ft.types import Arrived, Example, Rollout
 
 T = TypeVar("T")
 KEPT = 2  # folders of weights: the server may still read the last one
@@ -48,6 +48,7 @@ class VLLMSampler:
     server: Server | None  # ours
     client: Client | None  # to one that is not ours
     notice: Callable[[str], None]
+    expect: Callable[[int], Arrived] | None = None  # of a draw's answers: takes each group while others are drawn
     name: str = field(factory=lambda: f"ft-{secrets.token_hex(4)}")  # of the adapter; no other run's
     step: int = -1  # of the weights that the server has
     digest: str = ""  # of these weights
@@ -174,12 +175,13 @@ class VLLMSampler:
     def ask(self, prompts: Sequence[Example], n: int, step: int, *, greedy: bool = False) -> list[list[Answer]]:
         """The same on the first rank alone, in any thread: while the policy trains, too."""
         found: list[list[Answer]] = [[] for _ in prompts]
+        arrived = self.expect(len(prompts) * n) if self.expect else None
         while left := [p for p, answers in enumerate(found) if not answers]:
-            replies = self._ask(prompts, left, n, step, greedy)
+            replies = self._ask(prompts, left, n, step, greedy, arrived)
             failed = None
             for p, reply in zip(left, replies, strict=True):
                 if isinstance(reply, list):
-                    found[p] = [_answer(drawn, greedy) for drawn in reply]
+                    found[p] = reply
                 elif isinstance(reply, Exception):
                     failed = failed or (reply, prompts[p].source)
             if failed:
@@ -187,13 +189,17 @@ class VLLMSampler:
         return found
 
     def _ask(
-        self, prompts: Sequence[Example], left: Sequence[int], n: int, step: int, greedy: bool
-    ) -> list[list[Drawn] | Exception | None]:
+        self, prompts: Sequence[Example], left: Sequence[int], n: int, step: int, greedy: bool, arrived: Arrived | None
+    ) -> list[list[Answer] | Exception | None]:
         client, options = self._client(), sampling_options(self.sampling, self.stop, greedy)
 
-        def ask(p: int) -> list[Drawn]:
+        def ask(p: int) -> list[Answer]:
             asked = {**options, "seed": seed_of(self.seed, step, number(prompts[p], p))}
-            return client.complete(self._model, prompts[p].tokens_L.tolist(), n, asked)
+            drawn = client.complete(self._model, prompts[p].tokens_L.tolist(), n, asked)
+            group = [_answer(one, greedy) for one in drawn]
+            if arrived:
+                arrived([_rollout(prompts[p], answer, self.step) for answer in group])
+            return group
 
         return in_parallel(ask, left, self.options.concurrency, self.closed)
 
