@@ -5,7 +5,7 @@ Shapes: P prompts, n answers of each, B rows, L new tokens, W width of padded pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from ft.models.policy import Policy
 from ft.recipe.online import Sampling
 from ft.rollout.sampling import draws, pick
 from ft.rollout.shared import Answer, from_all_ranks, number
-from ft.types import Example, Rollout
+from ft.types import Arrived, Example, Rollout
 
 
 @frozen(kw_only=True, eq=False)
@@ -36,6 +36,7 @@ class EmbeddedSampler:
     stop: frozenset[int] = field(converter=frozenset)
     rows: int  # at a time
     seed: int
+    expect: Callable[[int], Arrived] | None = None  # of a draw's answers: takes this rank's groups as rows are done
 
     def sync(self, step: int) -> None:
         """Nothing to do: it is the model in training."""
@@ -47,6 +48,7 @@ class EmbeddedSampler:
         mine = list(range(self.world.rank, len(prompts), self.world.size))
         share = -(-len(prompts) // self.world.size)
         found: list[list[Answer]] = [[] for _ in prompts]
+        arrived = self.expect(len(prompts) * n) if self.expect else None
         with generating(self.policy):
             for start in range(0, share, per):
                 chosen = mine[start : start + per]
@@ -54,6 +56,8 @@ class EmbeddedSampler:
                 answers = self._answers([prompts[p].tokens_L for p in chosen], n, names, sampling)
                 for i, p in enumerate(chosen):
                     found[p] = answers[i * n : (i + 1) * n]
+                    if arrived:
+                        arrived([_rollout(prompts[p], answer, step) for answer in found[p]])
         found = from_all_ranks(found, n, self.world)
         return [
             [_rollout(prompt, answer, step) for answer in group] for prompt, group in zip(prompts, found, strict=True)

@@ -23,9 +23,10 @@ from ft.rollout.environment import EnvironmentSampler, reply_ids
 from ft.rollout.judge import Judge, scorers_of
 from ft.rollout.server import TOKEN, Server, context, launch
 from ft.rollout.vllm import VLLMSampler
-from ft.types import Sampler, asked
+from ft.types import Arrived, Sampler, asked
 
 Say = Callable[[str], None]
+Expect = Callable[[int], Arrived]
 
 
 @frozen(kw_only=True, eq=False)
@@ -53,8 +54,6 @@ def start(recipe: Recipe, built: Built, world: World, tokenizer: Any, folder: Mo
     method: Any = recipe.method
     if asked(method).rows != "prompts":
         return Online()
-    sampler = ahead(sampler_of(recipe, built, world, tokenizer, folder, say), recipe, world, say)
-    sampler = with_environment(sampler, recipe, tokenizer)
     judge = Judge(
         scorers=scorers_of(method.rewards),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
@@ -64,7 +63,9 @@ def start(recipe: Recipe, built: Built, world: World, tokenizer: Any, folder: Mo
         notice=say,
         world=world,
     )
-    return Online(sampler=sampler, judge=judge)
+    expect = judge.expect if recipe.environment is None else None  # answers of several turns are scored at their end
+    sampler = ahead(sampler_of(recipe, built, world, tokenizer, folder, say, expect), recipe, world, say)
+    return Online(sampler=with_environment(sampler, recipe, tokenizer), judge=judge)
 
 
 def with_environment(sampler: Sampler, recipe: Recipe, tokenizer: Any) -> Sampler:
@@ -108,25 +109,27 @@ def ahead(sampler: Sampler, recipe: Recipe, world: World, say: Say) -> Sampler:
 
 
 def sampler_of(
-    recipe: Recipe, built: Built, world: World, tokenizer: Any, folder: ModelFolder | None, say: Say
-) -> Sampler:
+    recipe: Recipe, built: Built, world: World, tokenizer: Any, folder: ModelFolder | None, say: Say,
+    expect: Expect | None = None,
+) -> Sampler:  # fmt: skip
     """What the recipe samples with. A look-alike has no server, and samples in its own process."""
     method: Any = recipe.method
     chosen = recipe.sampler
     stop = stop_ids(tokenizer, folder.path if folder else None)
     if isinstance(chosen, VLLM) and folder is not None and not recipe.model.tiny:
-        return _server(recipe, chosen, built, world, tokenizer, folder, stop, say)
+        return _server(recipe, chosen, built, world, tokenizer, folder, stop, say, expect)
     if isinstance(chosen, VLLM):
         say("a look-alike is sampled in its own process, not by vLLM")
     rows = chosen.rows if isinstance(chosen, Embedded) else Embedded().rows
     return EmbeddedSampler(
-        policy=built.policy, world=world, sampling=method.sampling, stop=stop, rows=rows, seed=recipe.seed
-    )
+        policy=built.policy, world=world, sampling=method.sampling, stop=stop, rows=rows, seed=recipe.seed,
+        expect=expect,
+    )  # fmt: skip
 
 
 def _server(
     recipe: Recipe, chosen: VLLM, built: Built, world: World, tokenizer: Any, folder: ModelFolder,
-    stop: frozenset[int], say: Say,
+    stop: frozenset[int], say: Say, expect: Expect | None,
 ) -> VLLMSampler:  # fmt: skip
     """A sampler on vLLM. A server of ours is started by the first sync, on the first rank."""
     if world.size > 1 and chosen.url is None and chosen.startup >= recipe.parallel.timeout:
@@ -149,6 +152,7 @@ def _server(
         server=Server(launch=launch(recipe, chosen, folder.path, place)) if ours else None,
         client=_client(chosen),
         notice=say,
+        expect=expect,
     )
 
 
