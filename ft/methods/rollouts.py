@@ -25,7 +25,8 @@ class RewardFunction:
     """A function that scores answers: ``def reward(completions, **columns) -> list[float | None]``.
 
     ``completions`` are texts; the row's other columns come as lists of the same length, with ``prompts`` (lists of
-    messages) and ``completion_ids``. None leaves an answer out.
+    messages) and ``completion_ids``. None leaves an answer out. A call has some of a step's answers, often those to one
+    prompt: a score must not depend on which others are there.
     """
 
     function: Callable[..., Any]
