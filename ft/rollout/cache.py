@@ -16,6 +16,10 @@ def cache_for(config: Any, room: int) -> DynamicCache:
     """transformers' cache for this model, its layers of full attention with room for ``room`` more tokens."""
     cache = DynamicCache(config=config)
     cache.layers = [Roomy(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if config.model_type == "minimax":
+        from ft.rollout.minimax import RowsMiniMaxCache
+
+        return RowsMiniMaxCache(cache.layers)
     return cache
 
 

@@ -18,6 +18,7 @@ from ft.dist import World
 from ft.models.generating import generating
 from ft.models.policy import Policy
 from ft.recipe.online import Sampling
+from ft.rollout.prefix import ANEW, PADDED, Way, begin
 from ft.rollout.sampling import draws, pick
 from ft.rollout.shared import Answer, from_all_ranks, number
 from ft.types import Arrived, Example, Rollout
@@ -36,6 +37,7 @@ class EmbeddedSampler:
     stop: frozenset[int] = field(converter=frozenset)
     rows: int  # at a time
     seed: int
+    way: Way = PADDED
     expect: Callable[[int], Arrived] | None = None  # of a draw's answers: takes this rank's groups as rows are done
 
     def sync(self, step: int) -> None:
@@ -44,14 +46,10 @@ class EmbeddedSampler:
     def rollout(self, prompts: Sequence[Example], n: int, step: int, *, greedy: bool = False) -> list[list[Rollout]]:
         """``n`` answers to each prompt, the same on every rank; called by all of them."""
         sampling = evolve(self.sampling, greedy=True) if greedy else self.sampling
-        per = max(1, self.rows // n)
-        mine = list(range(self.world.rank, len(prompts), self.world.size))
-        share = -(-len(prompts) // self.world.size)
         found: list[list[Answer]] = [[] for _ in prompts]
         arrived = self.expect(len(prompts) * n) if self.expect else None
         with generating(self.policy):
-            for start in range(0, share, per):
-                chosen = mine[start : start + per]
+            for chosen in self._turns([len(prompt.tokens_L) for prompt in prompts], max(1, self.rows // n)):
                 names = [(step, number(prompts[p], p), k) for p in chosen for k in range(n)]
                 answers = self._answers([prompts[p].tokens_L for p in chosen], n, names, sampling)
                 for i, p in enumerate(chosen):
@@ -63,6 +61,13 @@ class EmbeddedSampler:
             [_rollout(prompt, answer, step) for answer in group] for prompt, group in zip(prompts, found, strict=True)
         ]
 
+    def _turns(self, lengths: Sequence[int], most: int) -> list[list[int]]:
+        """This rank's prompts, ``most`` at a time; empty ones at the end while other ranks have more turns."""
+        size = self.world.size
+        each = [_turns([*range(rank, len(lengths), size)], lengths, most, self.way) for rank in range(size)]
+        mine = each[self.world.rank]
+        return mine + [[]] * (max(map(len, each)) - len(mine))
+
     def _answers(
         self, prompts: Sequence[np.ndarray], n: int, names: list[tuple[int, ...]], sampling: Sampling
     ) -> list[Answer]:
@@ -72,9 +77,17 @@ class EmbeddedSampler:
         u_BL = None if sampling.greedy else draws(self.seed, names, sampling.max_tokens)
         answers = continue_all(
             self.policy.scorer.model, prompts, n, u_BL,
-            sampling=sampling, stop=self.stop, world=self.world, idle=idle,
+            sampling=sampling, stop=self.stop, world=self.world, idle=idle, anew=self.way == ANEW,
         )  # fmt: skip
         return [] if idle else answers
+
+
+def _turns(prompts: Sequence[int], lengths: Sequence[int], most: int, way: Way) -> list[list[int]]:
+    """Prompts by number, ``most`` at a time; of one length each time, unless they may be padded."""
+    groups: dict[int, list[int]] = {}
+    for p in prompts:
+        groups.setdefault(0 if way == PADDED else lengths[p], []).append(p)
+    return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
 
 
 def _rollout(prompt: Example, answer: Answer, step: int) -> Rollout:
@@ -98,6 +111,7 @@ def continue_all(
     stop: Iterable[int],
     world: World | None = None,
     idle: bool = False,
+    anew: bool = False,
 ) -> list[Answer]:
     """``n`` answers to each of P prompts, in order; row p * n + k is answer k of prompt p.
 
@@ -105,15 +119,15 @@ def continue_all(
         u_BL: uniform numbers that decide each token; None takes the likeliest.
         world: ranks that forward in step with this one; None: nobody.
         idle: what comes out is of no interest.
+        anew: no cache; prompts of one length only.
     """
-    ids_PW, mask_PW = _padded(prompts, next(model.parameters()).device)
-    B, L, device = len(prompts) * n, sampling.max_tokens, ids_PW.device
+    B, L, device = len(prompts) * n, sampling.max_tokens, next(model.parameters()).device
     ends, u_BL = torch.tensor(sorted(stop), device=device), None if u_BL is None else u_BL.to(device)
     token_BL, logp_BL = torch.zeros(B, L, dtype=torch.int64, device=device), torch.zeros(B, L, device=device)
     row_B, done_B = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)
-    mask_BW, state, written = mask_PW.repeat_interleave(n, 0), _prefill(model, ids_PW, mask_PW, n, L), 0
+    prefix, written = begin(model, prompts, n, room=L, anew=anew), 0
     while True:
-        token_B, logp_B = pick(state.logits_BV, None if u_BL is None else u_BL[row_B, written], sampling)
+        token_B, logp_B = pick(prefix.logits_BV, None if u_BL is None else u_BL[row_B, written], sampling)
         token_BL[row_B, written], logp_BL[row_B, written] = token_B, logp_B
         done_B, written = done_B | torch.isin(token_B, ends), written + 1
         left = int((~done_B).sum())
@@ -121,55 +135,9 @@ def continue_all(
             return _cut(token_BL[:, :written], logp_BL, ends)
         if 0 < left < len(done_B):
             going = (~done_B).nonzero()[:, 0]
-            state.cache.reorder_cache(going)
-            row_B, done_B, token_B, mask_BW = row_B[going], done_B[going], token_B[going], mask_BW[going]
-        mask_BW = torch.cat([mask_BW, mask_BW.new_ones(len(mask_BW), 1)], 1)
-        state = _decode(model, token_B, mask_BW, state)
-
-
-@frozen(eq=False)
-class _State:
-    cache: Any
-    logits_BV: Tensor
-
-
-def _prefill(model: Any, ids_PW: Tensor, mask_PW: Tensor, n: int, room: int) -> _State:
-    """Each prompt once, and its cache once for each answer.
-
-    Reordering is the one choice of rows that the caches of every kind of layer know, linear attention's too.
-    """
-    from ft.rollout.cache import cache_for
-
-    out = model(
-        input_ids=ids_PW, attention_mask=mask_PW, position_ids=(mask_PW.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache_for(model.config, room), use_cache=True, logits_to_keep=1,
-    )  # fmt: skip
-    row_B = torch.arange(len(ids_PW), device=ids_PW.device).repeat_interleave(n)
-    out.past_key_values.reorder_cache(row_B)
-    return _State(out.past_key_values, out.logits[:, -1][row_B])
-
-
-def _decode(model: Any, token_B: Tensor, mask_BW: Tensor, state: _State) -> _State:
-    out = model(
-        input_ids=token_B[:, None],
-        attention_mask=mask_BW,
-        position_ids=mask_BW.sum(-1, keepdim=True) - 1,
-        past_key_values=state.cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return _State(out.past_key_values, out.logits[:, -1])
-
-
-def _padded(prompts: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts flush right, and which positions are theirs."""
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        mask[row, width - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
+            prefix.choose(going)
+            row_B, done_B, token_B = row_B[going], done_B[going], token_B[going]
+        prefix.append(token_B)
 
 
 def _anyone(going: bool, world: World | None) -> bool:

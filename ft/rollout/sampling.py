@@ -33,10 +33,13 @@ def pick(logits_BV: Tensor, u_B: Tensor | None, sampling: Sampling) -> tuple[Ten
     softmax(logits / temperature), what top-k, top-p and min-p leave of it normalised anew. Without ``u_B`` the
     likeliest token is taken, and its log-prob is that of the same distribution.
     """
-    logp_BV = (logits_BV.float() / sampling.temperature).log_softmax(-1)
-    logp_BV = truncate(logp_BV, sampling)
-    token_B = logp_BV.argmax(-1) if u_B is None else _invert(logp_BV, u_B)
-    return token_B, logp_BV.gather(-1, token_B[:, None])[:, 0]
+    logit_BV, temperature = logits_BV.float(), sampling.temperature
+    if sampling.truncates:
+        logit_BV, temperature = truncate((logit_BV / temperature).log_softmax(-1), sampling), 1.0
+    if u_B is not None:
+        return _invert(logit_BV, u_B, temperature)
+    top_B = logit_BV.max(-1)
+    return top_B.indices, -((logit_BV - top_B.values[:, None]) / temperature).logsumexp(-1)
 
 
 def truncate(logp_BV: Tensor, sampling: Sampling) -> Tensor:
@@ -62,19 +65,24 @@ def _nucleus(logp_BV: Tensor, share: float) -> Tensor:
     return logp_BV.masked_fill(drop_BV, -torch.inf)
 
 
-def _invert(logp_BV: Tensor, u_B: Tensor) -> Tensor:
-    """The first token at which the running sum of probabilities exceeds u times the total.
+def _invert(logit_BV: Tensor, u_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The first token at which the running sum of probabilities exceeds u times the total; and its log-prob.
 
     Found in two strides, the block of tokens and then the token in it: a running sum over the whole vocabulary in
-    float64, which such a sum needs, took as long as a third of a small model's forward.
+    float64, which such a sum needs, took as long as a third of a small model's forward. The total normalises, so that
+    the vocabulary is gone through once for both.
     """
-    room = -logp_BV.shape[-1] % _BLOCK
-    p_BKN = F.pad(logp_BV, (0, room), value=-torch.inf).exp().unflatten(1, (-1, _BLOCK))
+    top_B1 = logit_BV.amax(-1, keepdim=True)
+    p_BV, room = (logit_BV - top_B1).div_(temperature).exp_(), -logit_BV.shape[-1] % _BLOCK
+    p_BKN = (F.pad(p_BV, (0, room)) if room else p_BV).unflatten(1, (-1, _BLOCK))
     running_BK = p_BKN.sum(-1).double().cumsum(-1)
-    wanted_B1 = u_B.to(running_BK)[:, None] * running_BK[:, -1:]
+    total_B1 = running_BK[:, -1:]
+    wanted_B1 = u_B.to(running_BK)[:, None] * total_B1
     block_B1 = torch.searchsorted(running_BK, wanted_B1, right=True).clamp_(max=running_BK.shape[-1] - 1)
     before_B1 = F.pad(running_BK, (1, 0)).gather(1, block_B1)
     inside_BN = p_BKN[torch.arange(len(p_BKN), device=p_BKN.device), block_B1[:, 0]].double().cumsum(-1)
     # Rounding may put the number past the block's end, where tokens may be impossible: the last possible one is meant.
     left_B1 = torch.minimum(wanted_B1 - before_B1, inside_BN[:, -1:] * _ALL)
-    return (block_B1 * _BLOCK + torch.searchsorted(inside_BN, left_B1, right=True))[:, 0]
+    token_B1 = block_B1 * _BLOCK + torch.searchsorted(inside_BN, left_B1, right=True)
+    logp_B1 = (logit_BV.gather(-1, token_B1) - top_B1) / temperature - total_B1.log().float()
+    return token_B1[:, 0], logp_B1[:, 0]

@@ -15,7 +15,7 @@ from ft.errors import RecipeError
 from ft.io.weights import ModelFolder
 from ft.models.build import Built
 from ft.recipe import VLLM, Embedded, Recipe, run_folder
-from ft.rollout import canary, sent
+from ft.rollout import canary, probe, sent
 from ft.rollout.ahead import AheadSampler
 from ft.rollout.client import Client
 from ft.rollout.embedded import EmbeddedSampler
@@ -123,7 +123,7 @@ def sampler_of(
     rows = chosen.rows if isinstance(chosen, Embedded) else Embedded().rows
     return EmbeddedSampler(
         policy=built.policy, world=world, sampling=method.sampling, stop=stop, rows=rows, seed=recipe.seed,
-        expect=expect,
+        expect=expect, way=probe.choose(built.policy, world, say),
     )  # fmt: skip
 
 
