@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,6 +94,14 @@ def flat(groups: Sequence[Sequence[Rollout]]) -> list[Rollout]:
     return [evolve(rollout) for group in groups for rollout in group]
 
 
+def noted(note: Path, parent: int) -> int:
+    """The worker of ``parent`` that ``leaves_children`` runs in, as soon as it does."""
+    deadline = time.monotonic() + 30
+    while not (note.exists() and note.read_text().endswith(f" {parent}")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return int(note.read_text().split()[0])
+
+
 # The judge ------------------------------------------------------------------------------------------------------------
 
 
@@ -163,15 +173,46 @@ def test_closing_ends_what_was_begun_and_what_comes_later_starts_nothing(judges:
     arrived = judge.expect(9)
     for _ in range(2):  # one is being scored, one waits
         arrived(answers(["bad", "a"], note=str(note)))
-    deadline = time.monotonic() + 30
-    while not (note.exists() and note.read_text().endswith(str(os.getpid()))) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    left = group(int(note.read_text().split()[0]))
+    left = group(noted(note, os.getpid()))
     assert len(left) >= 3
     judge.close()
     assert gone(left)
     arrived(answers(["a"], note=str(note)))
     assert judge.pool[0].process is None and all(not thread.is_alive() for thread in judge.threads._threads)
+
+
+PARENT = """
+import sys, threading, time
+sys.path.insert(0, {here!r})
+import misbehaving, test_arrivals as t
+from ft.methods.rollouts import RewardFunction
+from ft.rollout.judge import Judge, scorers_of
+judge = Judge(scorers=scorers_of([RewardFunction(function=misbehaving.leaves_children)]), decode=lambda ids: "bad",
+              timeout=60.0, workers=1, most_failures=1.0, notice=print, world=t.alone())
+try:
+    arrived = judge.expect(1)
+    threading.Thread(target=arrived, args=[t.answers(["bad"], note={note!r})], daemon=True).start()
+    time.sleep(60)
+finally:
+    judge.close()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_ended_while_it_draws_leaves_no_process_that_scores(tmp_path: Path, number: int) -> None:
+    note = tmp_path / "pid"
+    environment = {**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT.format(here=HERE, note=str(note))], env=environment, start_new_session=True,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    left = group(noted(note, parent.pid))
+    assert len(left) >= 3  # the worker, what ends its group, and the child
+    os.killpg(parent.pid, number)  # as the terminal does
+    _, errors = parent.communicate(timeout=30)
+    assert gone(left)
+    if number == signal.SIGINT:
+        assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
 def test_other_ranks_begin_nothing(judges: Judges) -> None:
@@ -261,8 +302,7 @@ def test_the_model_in_training_hands_on_each_chunk_of_rows(world: World) -> None
 @pytest.mark.parametrize("environment", [None, Calculator()])
 def test_answers_of_several_turns_are_scored_at_their_end(world: World, environment: Any) -> None:
     one = recipe(model=Model(id="-", family="llama", tiny=True), environment=environment)
-    built: Any = SimpleNamespace(policy=None)
-    started = online.start(one, built, world, byte_tokenizer(), None, lambda line: None)
+    started = online.start(one, model(world), world, byte_tokenizer(), None, lambda line: None)
     made: Any = started.sampler
     if isinstance(made, EnvironmentSampler):
         made = made.sampler
