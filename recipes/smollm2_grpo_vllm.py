@@ -1,6 +1,7 @@
-"""GRPO of SmolLM2-135M-Instruct with LoRA, answers sampled by a vLLM server; otherwise as smollm2_grpo.
+"""GRPO of SmolLM2-135M-Instruct with LoRA, answers sampled by a vLLM server; otherwise as smollm2_grpo, in fewer steps.
 
-The server is started by the run and ends with it. Its Python is named by sampler.python or $FT_VLLM_PYTHON.
+The server is started by the run and ends with it. Its Python is named by sampler.python or $FT_VLLM_PYTHON. On a CPU
+vLLM takes several times as long to apply an adapter as to apply the model.
 """
 
 from ft import GRPO, VLLM, AdamW, Batching, Constant, Data, Eval, LoRA, Model, Recipe, Sampling, Save
@@ -23,7 +24,7 @@ recipe = Recipe(
     optim=AdamW(lr=2e-4),
     schedule=Constant(warmup=3.0),
     batch=Batching(examples=8, tokens=4096),
-    eval=Eval(every=20),
-    save=Save(every=20),
-    steps=40,
+    eval=Eval(every=12),
+    save=Save(every=12),
+    steps=24,
 )
