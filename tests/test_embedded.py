@@ -145,6 +145,15 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     torch.testing.assert_close(logp_B, expected.log()[token_B])
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}], ids=str)
+def test_the_likeliest_token_has_the_log_prob_of_the_same_distribution(options: dict[str, Any]) -> None:
+    """Logits 0, ln 2, ln 4 at temperature 0.5: weights 1, 4, 16, of 21; of 20 where two tokens are left."""
+    logits_BV = torch.tensor([[1.0, 4.0, 2.0]]).log()
+    token_B, logp_B = drawing.pick(logits_BV, None, Sampling(temperature=0.5, **options))
+    assert token_B.tolist() == [1]
+    assert logp_B.item() == pytest.approx(np.log(16 / (20 if options else 21)), abs=1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"min_p": 0.2}], ids=str)
 def test_a_draw_is_where_the_running_sum_of_probabilities_passes_u(options: dict[str, Any]) -> None:
     """Over several blocks of the vocabulary and part of one; tokens that truncation leaves out are never drawn."""

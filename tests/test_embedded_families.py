@@ -1,4 +1,4 @@
-"""Every family sampled by the model in training: log-probs are the trainer's, or the run is refused before it starts."""
+"""Every family sampled by the model in training: log-probs are the trainer's, or the run is refused at its start."""
 
 from __future__ import annotations
 

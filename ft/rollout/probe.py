@@ -28,7 +28,7 @@ from ft.rollout.sampling import draws
 from ft.rollout.shared import Answer
 from ft.types import Example
 
-LENGTHS, ANSWERS, NEW = (4, 11, 7), 2, 4  # tokens of the prompts, answers of each, tokens of an answer
+LENGTHS, ANSWERS, NEW = (3, 9, 4), 2, 4  # tokens of the prompts, answers of each, tokens of an answer
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, ModelError)
 _TOLD: dict[Way, str] = {
     PADDED: "prompts of any length side by side",
