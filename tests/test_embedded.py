@@ -187,12 +187,14 @@ def test_a_cache_with_room_holds_what_one_without_holds(room: int) -> None:
     from transformers import DynamicCache, LlamaConfig
 
     config = LlamaConfig(num_hidden_layers=2)
-    theirs, ours = DynamicCache(config=config), cache_for(config, room)
+    theirs: Any = DynamicCache(config=config)
+    ours: Any = cache_for(config, room)
     rng, rows = torch.Generator().manual_seed(0), 3
     for place, width in enumerate((4, 1, 1, 1, 2, 1)):
         if place in (1, 3):  # prompts become answers; a row leaves
             chosen = torch.tensor([0, 0, 1, 2] if place == 1 else [0, 2, 3])
-            theirs.reorder_cache(chosen), ours.reorder_cache(chosen)
+            for cache in (theirs, ours):
+                cache.reorder_cache(chosen)
             rows = len(chosen)
         for layer in range(2):
             new = [torch.randn(rows, 2, width, 8, generator=rng) for _ in range(2)]
