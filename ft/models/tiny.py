@@ -28,7 +28,7 @@ _CEILINGS: dict[str, int] = {
     "query_pre_attn_scalar": HEAD, "linear_key_head_dim": HEAD, "linear_value_head_dim": HEAD,
     "ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": HEAD, "n_groups": 2, "chunk_size": 32,
     "mamba_n_heads": 8, "mamba_d_head": HEAD, "mamba_d_ssm": 8 * HEAD, "mamba_d_state": 16, "mamba_chunk_size": 32,
-    "block_size": 64, "index_head_dim": HEAD, "index_n_heads": 2, "index_topk": 64, "sliding_window": 64,
+    "block_size": 64, "index_head_dim": HEAD, "index_n_heads": 16, "index_topk": 64, "sliding_window": 64,
     "num_nextn_predict_layers": 0, "mtp_num_hidden_layers": 0,
     "num_experts": EXPERTS, "num_local_experts": EXPERTS, "n_routed_experts": EXPERTS, "moe_num_experts": EXPERTS,
     "num_experts_per_tok": TOP_K, "moe_topk": TOP_K, "moe_k": TOP_K, "top_k_experts": TOP_K,
