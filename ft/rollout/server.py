@@ -85,9 +85,8 @@ def arguments(recipe: Recipe, context: int) -> tuple[str, ...]:
         # vLLM on a CPU dies of an answer that has a seed and whose prompt is read in two parts ("CPU Generator does not
         # use offset"), as happens wherever the prompts of a step are more tokens than it takes at a time.
         whole = ("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(_BATCHED, context)))
-        # Answers to a prompt share its whole blocks, and the rest is read for each; by itself a CPU's server has blocks
-        # of 128 tokens. What attention loses with small ones is little beside adapters, a gather for each token.
-        common = (*common, "--enforce-eager", *whole, "--block-size", "16")
+        # Answers to a prompt share its whole blocks, and the rest is read for each: 32 is the smallest that it takes.
+        common = (*common, "--enforce-eager", *whole, "--block-size", "32")
     if recipe.adapter is None:
         return common
     rank = next((size for size in _RANKS if size >= recipe.adapter.r), recipe.adapter.r)
