@@ -277,6 +277,9 @@ class Asked:
 
         return [Example(tokens_L=np.arange(3, dtype=np.int32), mask_L=np.zeros(3, bool), group=i) for i in range(n)]
 
+    def row(self, index: int) -> Any:
+        return self.draw(0, 1, 0)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
