@@ -38,7 +38,7 @@ class Example:
     keep_L: np.ndarray | None = None  # float32, 0 where a policy loss leaves the token out, though it is counted
     ref_logp_L: np.ndarray | None = None  # float32, the reference's where it is known beforehand
     adv_L: np.ndarray | None = None  # float32
-    ce_L: np.ndarray | None = None  # float32, weight of a cross-entropy term
+    ce_L: np.ndarray | None = None  # float32, weight of a cross-entropy term; BCO's prompt probability
     label: float | None = None
     label_L: np.ndarray | None = None  # float32, a judgement of each token that mask_L marks (process rewards)
     margin: float | None = None
@@ -73,7 +73,7 @@ class Batch:
     shared: tuple[int, ...] = ()  # per sequence: how much of the last one before that shares nothing it begins with
     sources: tuple[str, ...] = ()
     sampled_logp_T: Tensor | None = None
-    old_logp_T: Tensor | None = None  # of the policy that ratios are taken to; None: the policy as it is
+    old_logp_T: Tensor | None = None  # of the policy that ratios are taken to, or WPO's; None: the policy as it is
     keep_T: Tensor | None = None
     ref_logp_T: Tensor | None = None
     ref_hidden_ND: Tensor | None = None  # the reference's last hidden states at trained_N, as wide as its own model
@@ -274,6 +274,9 @@ class Sampler(Protocol):
 
 Arrived = Callable[[Sequence[Rollout]], None]
 """Takes all answers to one prompt as soon as they are there, in any thread."""
+
+Expect = Callable[[int], Arrived]
+"""Told how many answers a draw will have, gives what takes them."""
 
 
 class Environment(Protocol):

@@ -20,7 +20,7 @@ from fake_vllm import Fake, _Handler
 from misbehaving import counted, good, hangs, leaves_children, none, raises, segfaults
 from test_embedded import PROMPTS
 from test_embedded import sampler as embedded
-from test_judge import HERE, alone, gone, group
+from test_judge import HERE, alone, gone, group, judge_on
 from test_methods import model
 from test_vllm import prompts, recipe, sampler, told
 from tiny_models import build
@@ -32,7 +32,7 @@ from ft.errors import DataError
 from ft.methods.rollouts import RewardFunction
 from ft.rollout.calculator import Calculator
 from ft.rollout.environment import EnvironmentSampler
-from ft.rollout.judge import Judge, scorers_of
+from ft.rollout.judge import Judge
 from ft.train import online
 from ft.train.loop import train
 from ft.types import Example, Rollout
@@ -48,12 +48,10 @@ class Judges:
         self.said: list[list[str]] = []
 
     def __call__(self, *rewards: Any, workers: int = 1, most: float = 1.0, timeout: float = 20.0, **over: Any) -> Judge:
-        wrapped = [r if isinstance(r, RewardFunction) else RewardFunction(function=r) for r in rewards]
         self.said.append([])
-        judge = Judge(
-            scorers=scorers_of(wrapped), decode=lambda ids: "".join(map(chr, ids)), timeout=timeout, workers=workers,
-            most_failures=most, notice=self.said[-1].append, world=over.get("world", alone()),
-        )  # fmt: skip
+        judge = judge_on(
+            rewards, self.said[-1].append, timeout=timeout, workers=workers, most_failures=most, world=over.get("world")
+        )
         self.made.append(judge)
         return judge
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,15 @@ def rollout(text: str, **columns: Any) -> Rollout:
     return Rollout(prompt=prompt, tokens_L=tokens_L, logp_L=None, finish="stop", policy_step=0)
 
 
+def judge_on(rewards: Sequence[Any], notice: Any, *, world: World | None = None, **options: Any) -> Judge:
+    """On functions of ``misbehaving``; texts are what tokens spell."""
+    wrapped = [r if isinstance(r, RewardFunction) else RewardFunction(function=r) for r in rewards]
+    return Judge(
+        scorers=scorers_of(wrapped), decode=lambda ids: "".join(map(chr, ids)), notice=notice,
+        world=alone() if world is None else world, **options,
+    )  # fmt: skip
+
+
 @define
 class Judged:
     """Scores texts with functions of ``misbehaving``; keeps the notices and the judges."""
@@ -73,11 +82,7 @@ class Judged:
     made: list[Judge] = field(factory=list)
 
     def __call__(self, rewards, texts, *, timeout=20.0, workers=1, most=0.5, **columns) -> list[Rollout]:
-        wrapped = [r if isinstance(r, RewardFunction) else RewardFunction(function=r) for r in rewards]
-        judge = Judge(
-            scorers=scorers_of(wrapped), decode=lambda ids: "".join(map(chr, ids)), timeout=timeout, workers=workers,
-            most_failures=most, notice=self.said.append, world=alone(),
-        )  # fmt: skip
+        judge = judge_on(rewards, self.said.append, timeout=timeout, workers=workers, most_failures=most)
         self.made.append(judge)
         return judge.score([rollout(text, **columns) for text in texts])
 

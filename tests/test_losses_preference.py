@@ -156,7 +156,7 @@ def test_bco_by_hand() -> None:
     # rewards 1 and 2, delta 1.5: -log s(-0.5) = 0.974077; -log s(1.5 - 2) = 0.974077, weighing 4
     out = bco(tensor([10.0, 20.0]), torch.zeros(2), tensor([True, False]), delta=1.5, weight_S=tensor([9.0, 4.0]))
     assert out.loss.item() == pytest.approx(5 * 0.974077 / 2, abs=1e-5)
-    assert out.sums["reward"].item() == 1.5
+    assert out.sums["rewards/mean"].item() == 1.5
 
 
 def test_density_ratio() -> None:

@@ -4,7 +4,8 @@ All take ``logp_T, old_logp_T, adv_T, mask_T`` (``reinforce`` no old one) and, a
 ``seq_T`` or ``cu_S1``, ``adv_S``, ``aggregate``, ``constant``, ``is_weight_T``, ``keep_T``, ``ref_logp_T``,
 ``kl_coef``, ``kl``, ``kl_bias_correction``, ``tokens``, ``seqs``. All return its sums as well, differentiate
 ``logp_T`` alone, give 0 with a gradient of zeros where nothing is trained, and hold log-ratios to +-20 before
-exp. Notation: r = exp(logp - old_logp), A the advantage, sg(.) what is taken as a constant.
+exp (``sapo`` of tokens in its slope alone: its value is bounded as it is). Notation: r = exp(logp - old_logp), A the
+advantage, sg(.) what is taken as a constant.
 """
 
 from __future__ import annotations

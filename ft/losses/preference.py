@@ -108,8 +108,8 @@ def bco(
 
     Args:
         delta: the running mean of the rewards r of everything seen so far (this step included), a number or a 0-d
-            tensor; stopped. ``sums["reward"]`` is the step's mean, from which a caller keeps it. With delta = 0, the
-            sum over the two answers of a pair is ``dpo``'s bco_pair.
+            tensor; stopped. ``sums["rewards/mean"]`` is the step's mean, from which a caller keeps it. With delta = 0,
+            the sum over the two answers of a pair is ``dpo``'s bco_pair.
         weight_S: weights of undesirable sequences (``density_ratio``); desirable ones weigh 1 whatever stands there.
         label_S, labels, units: as in ``kto``.
 
@@ -122,7 +122,7 @@ def bco(
     loss_S = -F.logsigmoid(torch.where(label_S, gap_S, -gap_S))
     if weight_S is not None:
         loss_S = loss_S * torch.where(label_S, 1.0, upcast(weight_S).detach())
-    sums = _label_sums(beta * x_S, logp_S, label_S, labels) | {"reward": mean_share(beta * x_S, units)}
+    sums = _label_sums(beta * x_S, logp_S, label_S, labels) | {"rewards/mean": mean_share(beta * x_S, units)}
     return LossOutput(loss=mean_share(loss_S, units), sums=detached(sums))
 
 

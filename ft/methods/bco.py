@@ -74,9 +74,7 @@ class BCO:
             labels=rated.labels(counts),
             units=counts.seqs,
         )
-        # "reward" in a log is that of sampled answers
-        sums = {"rewards/mean" if name == "reward" else name: value for name, value in out.sums.items()}
-        return rated.with_lengths(evolve(out, sums=sums), batch, counts)
+        return rated.with_lengths(out, batch, counts)
 
     def _weights(self, batch: Batch) -> Tensor:
         """weight_S, from the probability that stands at each token of an answer."""

@@ -238,7 +238,7 @@ class GRPO:
             logp_T, old_T, batch.mask_T, seq_T=batch.seq_T, level=self.objective.level, tokens=counts.tokens
         )
         sums = {**out.sums, **moved.sums, **rollouts.mismatch(logprobs, batch, counts)}
-        out = evolve(out, sums=sums, maxes={**out.maxes, **moved.maxes})
+        out = evolve(out, sums=sums, maxes=moved.maxes)
         if not self.entropy_bonus:
             return out
         bonus = rollouts.undecided(logp_T, logprobs.entropy_T, batch.mask_T, counts.tokens)

@@ -5,7 +5,7 @@ Shapes: P prompts, n answers of each, B rows, L new tokens, W width of padded pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from ft.recipe.online import Sampling
 from ft.rollout.prefix import ANEW, PADDED, Way, begin
 from ft.rollout.sampling import draws, pick
 from ft.rollout.shared import Answer, from_all_ranks, number
-from ft.types import Arrived, Example, Rollout
+from ft.types import Example, Expect, Rollout
 
 
 @frozen(kw_only=True, eq=False)
@@ -38,7 +38,7 @@ class EmbeddedSampler:
     rows: int  # at a time
     seed: int
     way: Way = PADDED
-    expect: Callable[[int], Arrived] | None = None  # of a draw's answers: takes this rank's groups as rows are done
+    expect: Expect | None = None  # of a draw's answers: takes this rank's groups as rows are done
 
     def sync(self, step: int) -> None:
         """Nothing to do: it is the model in training."""

@@ -25,7 +25,7 @@ from ft.rollout.client import Broken, Client, Drawn, Malformed, Refused, Unreach
 from ft.rollout.sent import Weights
 from ft.rollout.server import BASE, Server, generates, last_words, retried
 from ft.rollout.shared import Answer, from_all_ranks, number, on_first
-from ft.types import Arrived, Example, Rollout
+from ft.types import Arrived, Example, Expect, Rollout
 
 T = TypeVar("T")
 KEPT = 2  # folders of weights: the server may still read the last one
@@ -48,7 +48,7 @@ class VLLMSampler:
     server: Server | None  # ours
     client: Client | None  # to one that is not ours
     notice: Callable[[str], None]
-    expect: Callable[[int], Arrived] | None = None  # of a draw's answers: takes each group while others are drawn
+    expect: Expect | None = None  # of a draw's answers: takes each group while others are drawn
     name: str = field(factory=lambda: f"ft-{secrets.token_hex(4)}")  # of the adapter; no other run's
     step: int = -1  # of the weights that the server has
     digest: str = ""  # of these weights

@@ -23,10 +23,9 @@ from ft.rollout.environment import EnvironmentSampler, reply_ids
 from ft.rollout.judge import Judge, scorers_of
 from ft.rollout.server import TOKEN, Server, context, launch
 from ft.rollout.vllm import VLLMSampler
-from ft.types import Arrived, Sampler, asked
+from ft.types import Expect, Sampler, asked
 
 Say = Callable[[str], None]
-Expect = Callable[[int], Arrived]
 
 
 @frozen(kw_only=True, eq=False)
