@@ -58,7 +58,7 @@ def test_a_prompt_without_room_for_an_answer_is_dropped_or_refused_and_never_cut
 @pytest.mark.parametrize("row, why", [
     ({"text": "hi"}, "no prompt"),
     ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "ends with an answer"),
-    ({"prompt": 3}, "prompt"),
+    ({"prompt": 3}, "a string, or a list of messages"),
     ({"prompt": ""}, "prompt"),
     ([1], "object"),
     ("{", "JSON"),

@@ -154,6 +154,9 @@ def conversation(row: Mapping[str, Any], source: str) -> Conversation:
         raise fail(source, "the row has no prompt", path="prompt", expected="a string, or a list of messages",
                    got=f"columns {', '.join(map(str, row)) or '(none)'}",
                    fix="rename the column that holds it: Source.columns={'theirs': 'prompt'}")  # fmt: skip
+    if not isinstance(value, (str, list, tuple)):
+        raise fail(source, "this is nothing to answer", path=path, expected="a string, or a list of messages",
+                   got=shown(value))  # fmt: skip
     if isinstance(value, str) and not isinstance(parsed(value, source, path), list):
         asked: tuple[Message, ...] = (Message(role="user", content=text(value, source, path, filled=True)),)
     else:
