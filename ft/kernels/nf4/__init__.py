@@ -2,6 +2,7 @@
 
 from ft.kernels.nf4.bnb import from_bnb, to_bnb
 from ft.kernels.nf4.format import BLOCKS, NF4Tensor, dynamic_map, nbytes, nf4_code
+from ft.kernels.nf4.native import on_cpu
 from ft.kernels.nf4.ops import dequantise, dequantise_rows, quantise
 from ft.kernels.nf4.product import linear
 from ft.kernels.nf4.reference import split_rows
@@ -16,6 +17,7 @@ __all__ = [
     "linear",
     "nbytes",
     "nf4_code",
+    "on_cpu",
     "quantise",
     "split_rows",
     "to_bnb",

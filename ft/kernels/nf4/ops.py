@@ -1,7 +1,7 @@
 """NF4 for callers: each function chooses between plain torch and Triton by its ``impl``.
 
-"auto" is Triton on a GPU and torch elsewhere; "triton" raises RecipeError where it cannot run. Shapes: R rows of
-dimension 0.
+"auto" is Triton on a GPU and torch elsewhere, but dequantises on a CPU in C where ``nf4.on_cpu()`` says so, to the same
+bits; "triton" raises RecipeError where it cannot run. Shapes: R rows of dimension 0.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ft.kernels.launch import Impl, check
-from ft.kernels.nf4 import reference
+from ft.kernels.nf4 import native, reference
 from ft.kernels.nf4.format import NF4Tensor
 
 
@@ -33,7 +33,8 @@ def quantise(w: Tensor, *, block: int = 64, double: bool = True, impl: Impl = "a
 def dequantise(q: NF4Tensor, dtype: torch.dtype | None = None, *, impl: Impl = "auto") -> Tensor:
     """The dense weight: code times scale in float32, rounded to ``q.dtype``, then converted to ``dtype`` if given."""
     if check(impl, q.packed) == "torch":
-        return reference.dequantise(q, dtype)
+        dense = native.dequantise(q) if impl == "auto" else None
+        return reference.dequantise(q, dtype) if dense is None else dense.to(dtype or q.dtype)
     from ft.kernels.nf4 import triton
 
     return triton.dequantise(q, dtype)
@@ -48,7 +49,7 @@ def dequantise_rows(q: NF4Tensor, index_R: Tensor, dtype: torch.dtype | None = N
         ModelError: a row is not a whole number of blocks.
     """
     if check(impl, q.packed, index_R) == "torch":
-        return reference.dequantise_rows(q, index_R, dtype)
+        return dequantise(reference.take_rows(q, index_R), dtype, impl=impl)
     from ft.kernels.nf4 import triton
 
     reference.row_size(q)

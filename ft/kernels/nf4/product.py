@@ -34,7 +34,8 @@ def linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None, *, keep: bool = 
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    return _Linear.apply(x, bias, q, keep, check(impl, x, q.packed))  # type: ignore[no-any-return]
+    impl = "triton" if check(impl, x, q.packed) == "triton" else impl  # "auto" stays, and may dequantise in C
+    return _Linear.apply(x, bias, q, keep, impl)  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):

@@ -250,17 +250,16 @@ def split_rows(q: NF4Tensor, rows: Sequence[int]) -> list[NF4Tensor]:
 
 
 @torch.no_grad()
-def dequantise_rows(q: NF4Tensor, index_R: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """As ``ops.dequantise_rows``."""
+def take_rows(q: NF4Tensor, index_R: Tensor) -> NF4Tensor:
+    """Rows ``index_R`` of dimension 0 as a weight of their own, with float32 scales."""
     row = row_size(q)
-    chosen = NF4Tensor(
+    return NF4Tensor(
         packed=q.packed.view(q.shape[0], row // 2).index_select(0, index_R).view(-1),
         absmax=_row_scales(q, index_R).view(-1),
         shape=(len(index_R), *q.shape[1:]),
         dtype=q.dtype,
         block=q.block,
     )
-    return dequantise(chosen, dtype)
 
 
 def _row_scales(q: NF4Tensor, index_R: Tensor) -> Tensor:

@@ -245,7 +245,7 @@ def dequantise(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 @torch.no_grad()
 def dequantise_rows(q: NF4Tensor, index_R: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """As ``reference.dequantise_rows``; rows are a whole number of blocks. Nothing but the result is allocated."""
+    """As ``ops.dequantise_rows``; rows are a whole number of blocks. Nothing but the result is allocated."""
     out = torch.empty((len(index_R), *q.shape[1:]), dtype=dtype or q.dtype, device=q.packed.device)
     _dequantise(q, out, index_R.contiguous(), numel(q) // q.shape[0] // q.block)
     return out
