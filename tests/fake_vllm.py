@@ -19,6 +19,12 @@ from pathlib import Path
 from typing import Any
 
 Score = Callable[[list[int], str | None], list[float]]
+# Calls by which whole models are sent: only where vLLM's developer mode is on.
+TAKING = (
+    "/pause", "/resume", "/is_paused", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version",
+    "/weight_info", "/get_world_size", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",
+    "/finish_weight_update", "/shutdown_weight_transfer_engine",
+)  # fmt: skip
 
 
 class Fake(ThreadingHTTPServer):
@@ -37,6 +43,10 @@ class Fake(ThreadingHTTPServer):
         self.version, self.root, self.longest = "0.32.0+cpu", "", 256  # vLLM's, and the model's
         self.raw = False  # log-probs leave out the temperature
         self.seen: list[tuple[str, dict[str, Any]]] = []
+        self.whole = False  # has the calls of TAKING
+        self.guarded = True  # asks for its token there, too
+        self.on: dict[str, Callable[[dict[str, Any]], object]] = {}  # what else a call does; one that raises fails
+        self.paused, self.weights = False, "default"  # whether it draws no answers; what its weights are called
 
     @property
     def url(self) -> str:
@@ -61,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Fake  # type: ignore[assignment]
 
     def do_GET(self) -> None:
-        if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
+        if self.locked():
             return self.reply(401, {"error": {"message": "Unauthorized"}})
         if self.path == "/health":
             return self.reply(200, "")
@@ -70,13 +80,26 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/models":
             base = {"id": "base", "root": self.server.root, "parent": None, "max_model_len": self.server.longest}
             return self.reply(200, {"data": [base, {"id": "x", "root": "/adapters/x", "parent": "base"}]})
+        if self.path in TAKING and self.server.whole:
+            return self.reply(200, {"world_size": 2, "weight_version": self.server.weights})
         return self.reply(404, {"detail": "Not Found"})
+
+    def locked(self) -> bool:
+        opened = self.path == "/health" or (self.route in TAKING and not self.server.guarded)
+        wrong = self.headers.get("Authorization") != f"Bearer {self.server.token}"
+        return bool(self.server.token) and wrong and not opened
+
+    @property
+    def route(self) -> str:
+        return self.path.partition("?")[0]
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append((self.path, body))
-        if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
+        if self.locked():
             return self.reply(401, {"error": {"message": "Unauthorized"}})
+        if self.route in TAKING:
+            return self.take(body)
         if self.path == "/v1/load_lora_adapter" and self.server.closed:
             return self.reply(404, {"detail": "Not Found"})
         if self.path == "/v1/load_lora_adapter" and self.server.unfit:
@@ -92,6 +115,22 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
         fault = self.server.always or (self.server.faults.pop(0) if self.server.faults else "")
         return self.completion(body, fault)
+
+    def take(self, body: dict[str, Any]) -> None:
+        """A call of TAKING. A model that is loaded again is kept as the adapter of "base"."""
+        if not self.server.whole:
+            return self.reply(404, {"detail": "Not Found"})
+        try:
+            self.server.on.get(self.route, lambda body: None)(body)
+        except Exception as error:
+            return self.send(500, f"Internal Server Error: {error}".encode())
+        if self.route in ("/pause", "/resume"):
+            self.server.paused = self.route == "/pause"
+        if self.route == "/update_weight_version":
+            self.server.weights = body["new_version"]
+        if body.get("method") == "reload_weights":
+            self.server.adapters["base"] = body["kwargs"]["weights_path"]
+        return self.reply(200, {"success": True})
 
     def completion(self, body: dict[str, Any], fault: str) -> None:
         if fault == "die":
@@ -172,4 +211,6 @@ if __name__ == "__main__":
     if "never" in faults:
         time.sleep(300)
     port = int(sys.argv[sys.argv.index("--port") + 1])
-    Fake(port, token=os.environ["VLLM_API_KEY"], faults=faults).serve_forever()
+    fake = Fake(port, token=os.environ["VLLM_API_KEY"], faults=faults)
+    fake.whole = os.environ.get("VLLM_SERVER_DEV_MODE") == "1"
+    fake.serve_forever()

@@ -95,7 +95,6 @@ class Tiny:
     @property
     def weights(self) -> Weights:
         return Weights(
-            adapter=True,
             gather=lambda: loras.adapter_state(self.net),
             write=lambda folder, tensors: save_adapter(folder, tensors, self.config),
         )
@@ -557,7 +556,7 @@ with dist.launched() as world:
                   say=lambda line: None)
     net = built.policy.scorer.model
     config = loras.adapter_config(built.attached, "base")
-    weights = Weights(adapter=True, gather=lambda: loras.adapter_state(net),
+    weights = Weights(gather=lambda: loras.adapter_state(net),
                       write=lambda path, tensors: save_adapter(path, tensors, config))
     made = sampler(world, folder, url=url, options={"canary": None, "patience": 0.1}, policy=built.policy,
                    weights=weights)
@@ -703,6 +702,6 @@ def test_serve_refuses_what_needs_no_server():
     from ft import SFT
     from ft.commands.serve import serve
 
-    for one in (recipe(method=SFT()), recipe(sampler=VLLM(url="http://x")), recipe(adapter=None)):
+    for one in (recipe(method=SFT()), recipe(sampler=VLLM(url="http://x"))):
         with pytest.raises(RecipeError):
             serve(one, print)

@@ -33,6 +33,7 @@ from ft.models.load import config_of
 from ft.models.policy import logprobs
 from ft.recipe import Parallel
 from ft.rollout.ahead import AheadSampler
+from ft.rollout.client import Client, Refused
 from ft.rollout.rewards import exact
 from ft.rollout.vllm import VLLMSampler
 from ft.train import optim
@@ -345,15 +346,61 @@ def test_ctrl_c_saves_ends_and_leaves_nothing_and_the_run_goes_on(stand: Stand, 
     assert done.returncode == 0 and f"step {saved + 1}/{saved + 1}" in done.stdout, done.stdout
 
 
-def test_a_whole_model_is_sent_by_starting_the_server_on_it(stand: Stand, tmp_path: Path):
+@pytest.fixture(scope="module")
+def full(stand: Stand, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    """All weights are trained: they are read again from a folder. The other server ends first."""
     stand.sampler.close()
-    full = Stand(stand.world, tmp_path, adapter=None)
+    made = Stand(stand.world, tmp_path_factory.mktemp("full"), adapter=None)
     try:
-        for by in (0.002, 0.002):
-            full.move(by)
-            full.sampler.sync(full.step)
-            kl, largest, tokens = full.gap(Sampling(max_tokens=24))
-            print(f"\nwhole model, step {full.step}: KL {kl:.2g}, largest |log ratio| {largest:.2g}, {tokens} tokens")
-            assert kl < 1e-7 and largest < 5e-3
+        yield made
     finally:
-        full.sampler.close()
+        made.sampler.close()
+
+
+def sent(full: Stand) -> None:
+    """New weights arrive; the server's log-probs of fresh answers are then the policy's."""
+    full.move(0.002)
+    began = time.monotonic()
+    full.sampler.sync(full.step)
+    took = time.monotonic() - began
+    kl, largest, tokens = full.gap(Sampling(max_tokens=24))
+    print(f"\nstep {full.step}: sent in {took:.1f} s, KL {kl:.2g}, largest |log ratio| {largest:.2g}, {tokens} tokens")
+    assert tokens > 100 and kl < 1e-7 and largest < 5e-3
+
+
+def test_a_whole_model_takes_the_place_of_the_one_in_a_running_server(full: Stand):
+    """Its head is tied to its embeddings, of which a CPU's server keeps a packed copy."""
+    sent(full)
+    assert full.sampler.server is not None and full.sampler.server.process is not None
+    before = full.sampler.server.process.pid
+    for _ in range(2):
+        sent(full)
+    assert full.sampler.server.process.pid == before and "started again" not in "".join(full.said)
+
+
+def test_only_the_key_opens_what_changes_weights(full: Stand):
+    full.sampler.sync(full.step)
+    client = full.sampler._client()
+    client.call("ft_repack")
+    assert client.workers() == 1
+    stranger = Client(url=client.url, timeout=30.0)
+    for path in ("/collective_rpc", "/pause", "/update_weights", "/init_weight_transfer_engine", "/v1/completions"):
+        with pytest.raises(Refused, match="401"):
+            stranger.post(path, {"method": "ft_repack"})
+    for path in ("/get_world_size", "/is_paused", "/version", "/metrics", "/docs", "/openapi.json", "/nowhere"):
+        with pytest.raises(Refused, match="401"):
+            stranger._request("GET", path, None)
+    with pytest.raises(Refused, match="401"):
+        Client(url=client.url, token=client.token[:-1], timeout=30.0).workers()
+    assert stranger.healthy()
+
+
+def test_whole_weights_outlive_a_crash_of_the_server(full: Stand):
+    sent(full)
+    server = full.sampler.server
+    assert server is not None and server.process is not None
+    os.killpg(server.process.pid, signal.SIGKILL)
+    assert full.sampler.rollout(full.prompts, 1, full.step)
+    kl, largest, _ = full.gap(Sampling(max_tokens=24))
+    assert kl < 1e-7 and largest < 5e-3
+    sent(full)

@@ -17,7 +17,7 @@ def serve(recipe: Recipe, say: Callable[[str], None]) -> None:
     """Start it, say how to use it, and wait until it ends or is interrupted. What it prints comes through.
 
     Raises:
-        RecipeError: the recipe samples nothing, or from a server that runs already, or trains what cannot be sent.
+        RecipeError: the recipe samples nothing, or from a server that runs already.
         ServerError: the server does not start, or ends by itself.
     """
     options = recipe.sampler if isinstance(recipe.sampler, VLLM) else VLLM()
@@ -25,11 +25,6 @@ def serve(recipe: Recipe, say: Callable[[str], None]) -> None:
         raise RecipeError(f"{type(recipe.method).__name__} samples nothing", where="method", fix="there is no need")
     if options.url is not None:
         raise RecipeError("the recipe names a server that runs already", where="sampler.url", got=options.url)
-    if recipe.adapter is None:
-        raise RecipeError(
-            "all weights are trained, and only a server that the run starts itself can be given them",
-            where="adapter", fix="ft run starts one; or train an adapter",
-        )  # fmt: skip
     if recipe.model.tiny:
         raise RecipeError("a look-alike has no weights to serve", where="model.tiny", fix="set model.tiny=false")
     model = resolve(recipe.model.id, recipe.model.revision).path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from attrs import field, frozen, validators
 
@@ -67,6 +67,10 @@ class VLLM:
     """More arguments for a server that is started, as vLLM names them: "--gpu-memory-utilization", "0.4"."""
     devices: str | None = None
     """GPUs of a server that is started, as CUDA_VISIBLE_DEVICES numbers them; None leaves it those that ft sees."""
+    transfer: Literal["auto", "file", "nccl"] = "auto"
+    """How a whole model reaches the running server, where no adapter is trained: "file" writes a folder which the
+    server reads again, "nccl" sends tensors from GPU to GPU. "auto" is nccl where `devices` are GPUs that the trainer
+    does not use, else file."""
     concurrency: int = field(default=32, validator=positive)
     """Prompts that are asked for at a time."""
     startup: float = field(default=600.0, validator=positive)

@@ -87,6 +87,18 @@ class _Version(msgspec.Struct):
     version: str
 
 
+class _Workers(msgspec.Struct):
+    world_size: int
+
+
+class _Weights(msgspec.Struct):
+    weight_version: str
+
+
+class _Done(msgspec.Struct):
+    success: bool
+
+
 @frozen(kw_only=True)
 class Drawn:
     """One answer. ``top`` are the likeliest log-probs at each token, where they were asked for."""
@@ -139,11 +151,7 @@ class Client:
         return [value.logprob for value in values if value is not None]
 
     def _completion(self, asked: dict[str, Any]) -> _Completion:
-        raw = self.post("/v1/completions", asked)
-        try:
-            reply = msgspec.json.decode(raw, type=_Completion)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise Malformed(f"{error}; it begins {raw[:200]!r}") from error
+        reply = _decoded(self.post("/v1/completions", asked), _Completion)
         if reply.model != asked["model"]:
             raise Malformed(f"an answer of the model {reply.model!r}, not of {asked['model']!r}")
         return reply
@@ -168,12 +176,27 @@ class Client:
         """Of vLLM."""
         return self._get("/version", _Version).version
 
+    # Only where the server takes whole models while it runs: see ``ft.rollout.transfer``.
+
+    def call(self, method: str, **arguments: str) -> None:
+        """A method of its workers, on each of them."""
+        self.post("/collective_rpc", {"method": method, "kwargs": arguments})
+
+    def workers(self) -> int:
+        """How many it has."""
+        return self._get("/get_world_size", _Workers).world_size
+
+    def weight_version(self) -> str:
+        """What its weights were called when they were sent."""
+        return self._get("/weight_info", _Weights).weight_version
+
+    def reset_cache(self) -> None:
+        """Forget what was computed of prompts."""
+        if not _decoded(self.post("/reset_prefix_cache", {}), _Done).success:
+            raise Broken("it does not forget what the older weights made of prompts")
+
     def _get(self, path: str, kind: type[S]) -> S:
-        raw = self._request("GET", path, None)
-        try:
-            return msgspec.json.decode(raw, type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise Malformed(f"{error}; it begins {raw[:200]!r}") from error
+        return _decoded(self._request("GET", path, None), kind)
 
     def post(self, path: str, body: Mapping[str, Any]) -> bytes:
         return self._request("POST", path, msgspec.json.encode(body))
@@ -210,6 +233,13 @@ class Client:
             )
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         return kind(parts.hostname, parts.port, timeout=self.timeout), parts.path.rstrip("/").removesuffix("/v1")
+
+
+def _decoded(raw: bytes, kind: type[S]) -> S:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise Malformed(f"{error}; it begins {raw[:200]!r}") from error
 
 
 def again(call: Callable[[], T]) -> T:

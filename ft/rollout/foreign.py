@@ -23,6 +23,7 @@ class Wanted:
 
     model: Path
     context: int  # tokens of a prompt and its answer
+    whole: bool = False  # it is sent whole models
 
 
 def meet(client: Client, wanted: Wanted, say: Callable[[str], None]) -> None:
@@ -30,7 +31,7 @@ def meet(client: Client, wanted: Wanted, say: Callable[[str], None]) -> None:
 
     Raises:
         Unreachable: nobody answers.
-        ServerError: it wants a key, is no vLLM, serves another model, or too short texts.
+        ServerError: it wants a key, is no vLLM, serves another model, too short texts, or takes no whole models.
     """
     try:
         served = client.models()
@@ -50,6 +51,21 @@ def meet(client: Client, wanted: Wanted, say: Callable[[str], None]) -> None:
     for model in served:
         if model.parent is None:  # not an adapter
             _check(model, wanted, client.url)
+    if wanted.whole:
+        _takes_whole(client, say)
+
+
+def _takes_whole(client: Client, say: Callable[[str], None]) -> None:
+    """Whether it has the calls by which weights are sent; one that has them for everybody is announced."""
+    try:
+        client.workers()
+    except Refused as error:
+        raise closed(client, error) if error.status == 404 else error from error
+    with suppress(Refused):
+        Client(url=client.url, timeout=client.timeout).workers()
+        say(
+            f"whoever reaches {client.url} can change its weights: no key is asked for (`ft serve` starts one that does)"
+        )
 
 
 def _check(served: Served, wanted: Wanted, url: str) -> None:
@@ -100,4 +116,21 @@ def unfit(client: Client, error: Broken) -> ServerError:
         "the server cannot apply the adapter", where=client.url, got=str(error),
         fix="where the rank is too large, lower adapter.r or start the server with a larger --max-lora-rank, as "
         "`ft serve RECIPE` does; where vLLM cannot adapt a weight, leave it out of adapter.targets",
+    )  # fmt: skip
+
+
+def closed(client: Client, error: Refused) -> ServerError:
+    """For a server without the calls by which whole models are sent."""
+    return ServerError(
+        "the server takes no whole models while it runs", where=client.url, got=str(error),
+        fix="start it with `ft serve RECIPE`; a server of your own needs VLLM_SERVER_DEV_MODE=1 in its environment, "
+        "and must listen on 127.0.0.1 only: vLLM's key does not guard these calls",
+    )  # fmt: skip
+
+
+def no_reload(client: Client, error: Broken) -> ServerError:
+    """For one that failed at a whole model, and has none any more."""
+    return ServerError(
+        "the server cannot load the weights, and has none now", where=client.url, got=str(error),
+        fix="see that it reads this machine's disk, start it again, and go on with --resume",
     )  # fmt: skip

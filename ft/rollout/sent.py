@@ -1,4 +1,4 @@
-"""What a server is sent at each step: adapters, or a whole model, in folders it can read."""
+"""What a server is sent at each step: adapters, or a whole model, as it reads them. ``transfer.py`` says how."""
 
 from __future__ import annotations
 
@@ -11,27 +11,37 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from ft.dist import whole
-from ft.errors import RecipeError
+from ft.dist import own_device, whole
+from ft.errors import CapacityError, FtError, RecipeError
 from ft.io import served
 from ft.io.adapter import save_adapter
+from ft.io.convert import Plan
 from ft.io.stream import Entry
-from ft.io.weights import open_weights, write_weights
+from ft.io.weights import TensorSource, open_weights, write_weights
 from ft.models import load, lora
 from ft.models.build import Built
 from ft.models.experts import expert_modules
 from ft.recipe import VLLM, Recipe
 from ft.rollout.foreign import Wanted
 from ft.rollout.server import context
+from ft.rollout.transfer import Adapter, Broadcast, Parcel, Reload, Way
+from ft.rollout.wire import Nccl, chosen
+
+KEPT = 2  # folders of weights: the server may still read the last one
 
 
 @frozen(kw_only=True, eq=False)
 class Weights:
-    """``gather``: whole tensors, by all ranks. ``write``: one rank puts them into a folder that appears whole."""
+    """``gather``: whole tensors, by all ranks. ``write``: one rank puts them into a folder that appears whole.
 
-    adapter: bool
+    ``way``: how a server gets them, given the name that an adapter has there. Where ``entries`` are given it gets
+    these, made of what was gathered, and no folder is written.
+    """
+
     gather: Callable[[], Mapping[str, Tensor]]
     write: Callable[[Path, Mapping[str, Tensor]], None]
+    way: Callable[[str], Way] = Adapter
+    entries: Callable[[Mapping[str, Tensor]], Sequence[Entry]] | None = None
     wanted: Wanted | None = None  # of a server that is not ours
 
 
@@ -44,30 +54,67 @@ def weights(recipe: Recipe, built: Built, source: Path, options: VLLM) -> Weight
     net, attached = built.policy.scorer.model, built.attached
     stored = open_weights(source)
     plan = load.plan(net, stored, where=str(source))
-    if attached is not None:
-        if expert_modules(net) and options.url is None and not torch.cuda.is_available():
-            raise RecipeError(
-                "vLLM on a CPU takes no adapters where a model has routed experts", where="sampler",
-                fix="set sampler=embedded, or sample on a GPU",
-            )  # fmt: skip
-        config = lora.adapter_config(attached, recipe.model.id)
-        return Weights(
-            adapter=True,
-            gather=lambda: served.adapter(lora.adapter_state(net), plan.ops),
-            write=lambda folder, tensors: save_adapter(folder, tensors, served.adapter_config(config, tensors)),
-            wanted=Wanted(model=source, context=context(recipe, options)),
-        )
-    if options.url is not None:
+    wanted = Wanted(model=source, context=context(recipe, options), whole=attached is None)
+    if attached is None:
+        return _whole(net, recipe, stored, plan, source, options, wanted)
+    if expert_modules(net) and options.url is None and not torch.cuda.is_available():
         raise RecipeError(
-            "all weights are trained, and only a server that ft starts can be given them", where="sampler.url",
-            fix="leave sampler.url out, train an adapter, or set sampler=embedded",
+            "vLLM on a CPU takes no adapters where a model has routed experts", where="sampler",
+            fix="set sampler=embedded, or sample on a GPU",
         )  # fmt: skip
-    dtype = getattr(torch, recipe.model.dtype)
+    config = lora.adapter_config(attached, recipe.model.id)
     return Weights(
-        adapter=False,
-        gather=lambda: _model(net, dtype),
-        write=lambda folder, tensors: _write_model(folder, served.model(tensors, plan, stored), source),
+        gather=lambda: served.adapter(lora.adapter_state(net), plan.ops),
+        write=lambda folder, tensors: save_adapter(folder, tensors, served.adapter_config(config, tensors)),
+        wanted=wanted,
     )
+
+
+def _whole(
+    net: torch.nn.Module, recipe: Recipe, stored: TensorSource, plan: Plan, source: Path, options: VLLM, wanted: Wanted
+) -> Weights:
+    """All weights, where no adapter is trained."""
+    dtype, by_nccl = getattr(torch, recipe.model.dtype), chosen(options) == "nccl"
+
+    def entries(tensors: Mapping[str, Tensor]) -> Sequence[Entry]:
+        return served.model(tensors, plan, stored)
+
+    return Weights(
+        gather=lambda: _model(net, dtype),
+        write=lambda folder, tensors: _write_model(folder, entries(tensors), source),
+        way=lambda _: Broadcast(Nccl(device=own_device())) if by_nccl else Reload(ours=options.url is None),
+        entries=entries if by_nccl else None,
+        wanted=wanted,
+    )
+
+
+def packed(weights: Weights, tensors: Mapping[str, Tensor], run: Path, step: int, version: str) -> Parcel:
+    """What is sent; a folder has a new name each time: vLLM keeps what it computed of prompts by the adapter's path.
+
+    Raises:
+        CapacityError: the disk does not take it.
+    """
+    if weights.entries is not None:
+        return Parcel(version=version, entries=weights.entries(tensors))
+    folder = run / "sync" / f"step-{max(step, 0):06d}.{version}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        weights.write(folder, tensors)
+    except OSError as error:
+        if isinstance(error, FtError):
+            raise
+        raise CapacityError(
+            "the weights for the server cannot be written", where=str(folder), got=str(error),
+            fix="make room, then go on with --resume",
+        ) from error  # fmt: skip
+    return Parcel(version=version, folder=folder.resolve())
+
+
+def prune(run: Path, name: str, kept: int = KEPT) -> None:
+    """Remove the folders of a sampler's versions, ``name`` and a number each, but the last ones."""
+    folders = sorted((run / "sync").glob(f"step-*.{name}-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    for old in folders[: len(folders) - kept]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _model(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from attrs import define, field, frozen
 from ft.errors import CapacityError, RecipeError, ServerError
 from ft.recipe.online import VLLM
 from ft.recipe.parts import Recipe
+from ft.rollout import wire
 from ft.rollout.client import Client, Malformed, Refused, Unreachable
 
 BASE = "base"  # what the model without adapter is called
@@ -33,6 +34,7 @@ _BATCHED = 2048  # tokens that a server takes at a time, which is also vLLM's ow
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has buffers for
 # What torchrun and this environment set for us, and would lead the server astray.
 _OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+_INSIDE = Path(__file__).with_name("inside")  # what runs in the server's processes: all that they find of ft
 
 
 @frozen(kw_only=True)
@@ -47,6 +49,7 @@ class Launch:
     timeout: float
     log: Path | None  # None: what it prints comes through
     devices: str | None = None
+    whole: bool = False  # it takes whole models while it runs, by calls that only our guard keeps from others
 
     def command(self, model: Path, port: int) -> list[str]:
         head = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
@@ -55,16 +58,25 @@ class Launch:
 
 def launch(recipe: Recipe, options: VLLM, model: Path, folder: Path) -> Launch:
     """The server that ``recipe`` asks for."""
+    whole = recipe.adapter is None
+    taking = _taking(wire.chosen(options)) if whole else ()
     return Launch(
         python=interpreter(options),
         model=model.resolve(),
-        arguments=(*arguments(recipe, context(recipe, options)), *options.arguments),
+        arguments=(*arguments(recipe, context(recipe, options)), *taking, *options.arguments),
         port=options.port,
         startup=options.startup,
         timeout=options.timeout,
         log=folder / "vllm.log",
         devices=options.devices,
+        whole=whole,
     )
+
+
+def _taking(way: str) -> tuple[str, ...]:
+    """Arguments of a server that takes whole models while it runs."""
+    ours = ("--middleware", "ft_guard.Guard", "--worker-extension-cls", "ft_worker.Repacks")
+    return ours if way == "file" else (*ours, "--weight-transfer-config", '{"backend": "nccl"}')
 
 
 def context(recipe: Recipe, options: VLLM) -> int:
@@ -114,15 +126,19 @@ def interpreter(options: VLLM) -> str:
     )  # fmt: skip
 
 
-def environment(token: str, devices: str | None = None) -> dict[str, str]:
-    """The server's. The token goes here and not into arguments, which every user of the machine can read."""
+def environment(token: str, devices: str | None = None, whole: bool = False) -> dict[str, str]:
+    """The server's. The token goes here and not into arguments, which every user of the machine can read.
+
+    ``whole``: with vLLM's calls that take whole models, and what guards them.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in _OURS}
     kept.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     fixed = {
         "VLLM_API_KEY": token, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
-    return kept | fixed | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
+    opened = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(_INSIDE)} if whole else {"VLLM_SERVER_DEV_MODE": "0"}
+    return kept | fixed | opened | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
 
 
 def free_port() -> int:
@@ -154,7 +170,7 @@ class Server:
         self.close()
         port = self.launch.port or free_port()
         command = self.launch.command(model or self.launch.model, port)
-        self.process = spawn(command, environment(self.token, self.launch.devices), self.launch.log)
+        self.process = spawn(command, environment(self.token, self.launch.devices, self.launch.whole), self.launch.log)
         if self.ended:  # by another thread, while or before this one started it
             self.close()
             raise ServerError("the vLLM server is not started: the run is ending", where=str(self.launch.log or ""))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,18 +16,18 @@ from attrs import define, field
 from torch import Tensor
 
 from ft.dist import World
-from ft.errors import CapacityError, FtError, ServerError
+from ft.errors import ServerError
 from ft.models.policy import Policy
 from ft.recipe.online import VLLM, Sampling
 from ft.rollout import canary, foreign
-from ft.rollout.client import Broken, Client, Drawn, Malformed, Refused, Unreachable, in_parallel
-from ft.rollout.sent import Weights
-from ft.rollout.server import BASE, Server, generates, last_words, retried
+from ft.rollout.client import Client, Drawn, Malformed, Refused, Unreachable, in_parallel
+from ft.rollout.sent import Weights, packed, prune
+from ft.rollout.server import Server, generates, last_words, retried
 from ft.rollout.shared import Answer, from_all_ranks, number, on_first
+from ft.rollout.transfer import Parcel, Way
 from ft.types import Arrived, Example, Expect, Rollout
 
 T = TypeVar("T")
-KEPT = 2  # folders of weights: the server may still read the last one
 _PROBE = 30.0  # seconds in which a healthy server gives one token
 
 
@@ -53,11 +52,15 @@ class VLLMSampler:
     step: int = -1  # of the weights that the server has
     digest: str = ""  # of these weights
     sent: int = 0
-    loaded: Path | None = None
+    loaded: Parcel | None = None  # what was sent last
     mended: tuple[int, int] = (-1, 0)  # step, and how often the server was mended in it
     past: dict[str, np.ndarray] = field(factory=dict)  # the canary's log-probs of older weights
     mismatch: canary.Verdict | None = None
     closed: threading.Event = field(factory=threading.Event)
+    way: Way = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.way = self.weights.way(self.name)
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -78,53 +81,28 @@ class VLLMSampler:
     def _send(self, step: int, tensors: Mapping[str, Tensor], ours_N: np.ndarray) -> None:
         if self.server is None and not self.sent:
             self._insist(self._meet, step)
-        self.loaded = self._written(step, tensors)
+        self.loaded = packed(self.weights, tensors, self.folder, step, f"{self._tag}-{self.sent}")
         self._insist(self._load, step)
         if not self.sent:
             self._insist(self._check_temperature, step)
         self._insist(lambda: self._compare(step, ours_N), step)
         self.sent += 1
-        self._prune()
-
-    def _written(self, step: int, tensors: Mapping[str, Tensor]) -> Path:
-        """A folder of a new name each time: vLLM keeps what it computed of prompts by the adapter's path."""
-        folder = self.folder / "sync" / f"step-{max(step, 0):06d}.{self.name[3:]}-{self.sent}"
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            self.weights.write(folder, tensors)
-        except OSError as error:
-            if isinstance(error, FtError):
-                raise
-            raise CapacityError(
-                "the weights for the server cannot be written", where=str(folder), got=str(error),
-                fix="make room, then go on with --resume",
-            ) from error  # fmt: skip
-        return folder.resolve()
-
-    def _prune(self) -> None:
-        folders = sorted((self.folder / "sync").glob(f"step-*.{self.name[3:]}-*"), key=_number)
-        for old in folders[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+        prune(self.folder, self._tag)
 
     def _load(self) -> None:
-        """Have the server take the last folder; it is started if it is ours and does not run."""
+        """Have the server take the last weights; it is started if it is ours and does not run."""
         assert self.loaded is not None
-        if self.server is not None and (not self.weights.adapter or not self.server.alive):
-            if self.server.process is not None and not self.server.alive:
+        if self.server is not None and not self.server.alive:
+            if self.server.process is not None:
                 self.notice("the vLLM server has ended; it is started again")
-            self.server.start(None if self.weights.adapter else self.loaded)
-        if self.weights.adapter:
-            client = self._client()
-            try:
-                client.load_adapter(self.name, str(self.loaded))
-            except Refused as error:
-                if error.status == 404:
-                    raise foreign.no_adapters(client, error) from error
-                raise
-            except Broken as error:  # vLLM says so too where an adapter does not fit
-                if client.healthy():
-                    raise foreign.unfit(client, error) from error
-                raise
+            self.server.start(self.loaded.folder if self.way.starts else None)
+            if self.way.starts:
+                return
+        self.way.send(self._client(), self.loaded)
+
+    def _check_kept(self) -> None:
+        if self.loaded is not None:
+            self.way.check(self._client(), self.loaded)
 
     def _meet(self) -> None:
         if self.weights.wanted is not None:
@@ -132,7 +110,7 @@ class VLLMSampler:
 
     def _compare(self, step: int, ours_N: np.ndarray) -> None:
         client = self._client()
-        theirs_N = np.concatenate([client.score(self._model, row) for row in self.rows])
+        theirs_N = np.concatenate([client.score(self.way.model, row) for row in self.rows])
         self.mismatch = verdict = canary.compare(theirs_N, ours_N, self.past)
         if not self.sent or verdict.divergence > (self.options.canary or 0.05) / 10:
             self.notice(
@@ -149,7 +127,7 @@ class VLLMSampler:
             return
         asked, client = {"max_tokens": 1, "logprobs": 1}, self._client()
         warm, cold = (
-            client.complete(self._model, self.rows[0][:4], 1, {**asked, "temperature": t})[0].top[0][0]
+            client.complete(self.way.model, self.rows[0][:4], 1, {**asked, "temperature": t})[0].top[0][0]
             for t in (1.0, 0.5)
         )
         if abs(warm - cold) < 1e-3:
@@ -176,6 +154,8 @@ class VLLMSampler:
         """The same on the first rank alone, in any thread: while the policy trains, too."""
         found: list[list[Answer]] = [[] for _ in prompts]
         arrived = self.expect(len(prompts) * n) if self.expect else None
+        if self.server is None:
+            self._insist(self._check_kept, step)
         while left := [p for p, answers in enumerate(found) if not answers]:
             replies = self._ask(prompts, left, n, step, greedy, arrived)
             failed = None
@@ -195,7 +175,7 @@ class VLLMSampler:
 
         def ask(p: int) -> list[Answer]:
             asked = {**options, "seed": seed_of(self.seed, step, number(prompts[p], p))}
-            drawn = client.complete(self._model, prompts[p].tokens_L.tolist(), n, asked)
+            drawn = client.complete(self.way.model, prompts[p].tokens_L.tolist(), n, asked)
             group = [_answer(one, greedy) for one in drawn]
             if arrived:
                 arrived([_rollout(prompts[p], answer, self.step) for answer in group])
@@ -248,7 +228,7 @@ class VLLMSampler:
             return
         self._load()
         client = self._client()
-        generates(Client(url=client.url, token=client.token, timeout=min(client.timeout, _PROBE)), self._model)
+        generates(Client(url=client.url, token=client.token, timeout=min(client.timeout, _PROBE)), self.way.model)
 
     def _failure(self, error: Exception, source: str) -> ServerError:
         url = self._client().url if self.server is None or self.server.client else "the vLLM server"
@@ -270,22 +250,20 @@ class VLLMSampler:
         return client
 
     @property
-    def _model(self) -> str:
-        return self.name if self.weights.adapter else BASE
+    def _tag(self) -> str:
+        """Ours in names of folders, and of what is sent."""
+        return self.name.removeprefix("ft-")
 
     def close(self) -> None:
-        """End our server, have another one forget our adapter, and remove the folders of weights."""
+        """End our server, have another one forget us, and remove the folders of weights."""
         self.closed.set()
         if self.server is not None:
             self.server.end()
         elif self.sent and self.world.first and self.client is not None:
             with suppress(Unreachable, Refused):
-                Client(url=self.client.url, token=self.client.token, timeout=5.0).post(
-                    "/v1/unload_lora_adapter", {"lora_name": self.name}
-                )
+                self.way.leave(Client(url=self.client.url, token=self.client.token, timeout=5.0))
         if self.sent and self.world.first:
-            for folder in (self.folder / "sync").glob(f"step-*.{self.name[3:]}-*"):
-                shutil.rmtree(folder, ignore_errors=True)
+            prune(self.folder, self._tag, 0)
 
 
 def sampling_options(sampling: Sampling, stop: frozenset[int], greedy: bool) -> dict[str, Any]:
@@ -328,7 +306,3 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         total.update(name.encode())
         total.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
-
-
-def _number(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
