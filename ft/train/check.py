@@ -285,6 +285,7 @@ def _shape(recipe: Recipe, folder: ModelFolder | None, tokenizer: Any) -> Found[
     text += f"{sum(row.elements for row in quant.table(net)):,} parameters trained"
     if attached is not None:
         text += f", on {len(attached.linears)} linear layers and {len(attached.stacks)} stacks of experts"
+    text += setup.dequantised(recipe, dist.own_device().type)
     return Found(text=text, value=Shape(net=net, attached=attached, trained=trained))
 
 

@@ -16,6 +16,7 @@ from ft.data.tokenizer import byte_tokenizer, load_tokenizer
 from ft.dist import World
 from ft.errors import FtError
 from ft.io.weights import ModelFolder, resolve
+from ft.kernels.nf4 import on_cpu
 from ft.models import memory, quant
 from ft.models.build import Built, build, plan_config
 from ft.models.reference import Second
@@ -112,7 +113,7 @@ def facts(run: Session, rows: Rows) -> dict[str, object]:
         "rows": f"{rows.per_epoch:,} per epoch",
         "steps": f"{run.steps:,} of {recipe.batch.examples} rows, micro-batches of {recipe.batch.tokens:,} tokens",
         "ranks": f"{run.world.size} on {run.world.device.type}",
-        "precision": precision(recipe),
+        "precision": precision(recipe) + dequantised(recipe, run.world.device.type),
         "layout": str(run.policy.layout),
         "reference": reference.described(recipe, run.policy),
         "folder": str(run.folder),
@@ -133,6 +134,11 @@ def precision(recipe: Recipe) -> str:
         return f"masters float32, computed in {dtype}, gradients summed in {reduce}"
     base = f"{dtype}, held in nf4" if recipe.model.quant else dtype
     return f"base {base}; adapters held and computed in float32, gradients summed in {reduce}"
+
+
+def dequantised(recipe: Recipe, device: str) -> str:
+    """What makes weights of 4 bits dense on a CPU: C routines where there is a compiler."""
+    return f"; dequantised by {on_cpu()}" if recipe.model.quant and device == "cpu" else ""
 
 
 def _size(row: quant.Row) -> str:
