@@ -84,12 +84,14 @@ class Whole:
         return [float(logp_LV[i, t]) for i, t in enumerate(tokens[1:])]
 
     def wired(self, wire: Any) -> Weights:
-        """The same weights, sent over ``wire``."""
-        stored = open_weights(self.base)
-        plan = load.plan(self.net, stored, where="")
-        return evolve(
-            self.weights, way=lambda _: Broadcast(wire), entries=lambda tensors: served.model(tensors, plan, stored)
-        )
+        return wired(self.weights, self.net, self.base, wire)
+
+
+def wired(found: Weights, net: torch.nn.Module, base: Path, wire: Any) -> Weights:
+    """The same weights, sent over ``wire``."""
+    stored = open_weights(base)
+    plan = load.plan(net, stored, where="")
+    return evolve(found, way=lambda _: Broadcast(wire), entries=lambda tensors: served.model(tensors, plan, stored))
 
 
 def calls(fake: Fake) -> list[str]:

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from attrs import evolve
+from attrs import define, evolve
+from test_transfer import wired
 from test_vllm import gone
+from torch.distributed import ProcessGroupGloo, TCPStore
 
 from ft import GRPO, VLLM, Data, LoRA, Model, Recipe, Sampling, Save, dist
 from ft.data.pack import collate
@@ -404,3 +408,54 @@ def test_whole_weights_outlive_a_crash_of_the_server(full: Stand):
     kl, largest, _ = full.gap(Sampling(max_tokens=24))
     assert kl < 1e-7 and largest < 5e-3
     sent(full)
+
+
+@define
+class Gloo:
+    """Our end of a wire between CPUs; the server's is in vllm_wire.py."""
+
+    world: int = 0
+    store: TCPStore | None = None
+    group: Any = None
+
+    def open(self, world: int) -> dict[str, Any]:
+        self.world, self.store = world, TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return {"master_address": "127.0.0.1", "master_port": self.store.port}
+
+    def join(self) -> None:
+        assert self.store is not None
+        self.group = ProcessGroupGloo(self.store, 0, self.world, timedelta(seconds=60))
+
+    def send(self, tensor: torch.Tensor) -> None:
+        self.group.broadcast(tensor, 0).wait()
+
+    def flush(self) -> None:
+        """Each was waited for."""
+
+
+def test_a_whole_model_reaches_a_running_server_over_a_wire(full: Stand, tmp_path: Path):
+    """vLLM's calls, and its engine of them, with gloo in NCCL's place: see vllm_wire.py."""
+    full.sampler.close()
+    here = Path(__file__).parent
+    shutil.copyfile(here / "vllm_wire.py", tmp_path / "vllm_wire.py")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{tmp_path}" exec {os.environ["FT_VLLM_PYTHON"]} "$@"\n')
+    python.chmod(0o755)
+    arguments = ("--worker-extension-cls", "vllm_wire.Wired", "--weight-transfer-config", '{"backend": "gloo"}')
+    made = Stand(
+        full.world, tmp_path / "run", adapter=None,
+        sampler=VLLM(concurrency=4, python=str(python), arguments=arguments),
+    )  # fmt: skip
+    net = made.built.policy.scorer.model
+    made.sampler.weights = wired(made.sampler.weights, net, resolve(ID, None).path, Gloo())
+    made.sampler.way = made.sampler.weights.way("")
+    try:
+        for _ in range(3):
+            sent(made)
+        server = made.sampler.server
+        assert server is not None and server.process is not None and "started again" not in "".join(made.said)
+        os.killpg(server.process.pid, signal.SIGKILL)
+        sent(made)
+        assert not (tmp_path / "run" / "sync").exists()
+    finally:
+        made.sampler.close()

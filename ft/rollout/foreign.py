@@ -63,9 +63,7 @@ def _takes_whole(client: Client, say: Callable[[str], None]) -> None:
         raise closed(client, error) if error.status == 404 else error from error
     with suppress(Refused):
         Client(url=client.url, timeout=client.timeout).workers()
-        say(
-            f"whoever reaches {client.url} can change its weights: no key is asked for (`ft serve` starts one that does)"
-        )
+        say(f"whoever reaches {client.url} can change its weights without a key (`ft serve` starts one that wants it)")
 
 
 def _check(served: Served, wanted: Wanted, url: str) -> None:
