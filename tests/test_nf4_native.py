@@ -103,6 +103,18 @@ def test_every_block_size_and_ragged_end_equals_the_torch_path(build: str, dtype
 
 
 @builds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_beyond_the_end_is_written(build: str, dtype: torch.dtype):
+    """All values are those of code 15 with scale 1; what lies behind them keeps its 7."""
+    routine = built(build)
+    for n in range(1, 131):
+        q = evolve(random_nf4(n, dtype, double=False), packed=torch.full((-(-n // 2),), 0xFF, dtype=torch.uint8))
+        q, room = evolve(q, absmax=torch.ones_like(q.absmax)), torch.full((n + 64,), 7.0, dtype=dtype)
+        routines.dequantise(q, lambda *a, to=room: routine(*a[:-1], to.data_ptr()))
+        assert room.tolist() == [1.0] * n + [7.0] * 64
+
+
+@builds
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads_gives_the_same(build: str, threads: int):
     """131,072 values are enough for threads to share: 32 blocks of 4096, or 33 and a value, which 3 does not divide."""
