@@ -9,6 +9,7 @@ Shapes: T tokens, K experts per token, E experts, D model width, M and N out- an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ft.errors import ModelError
 from ft.kernels.experts import Factors, Impl, LoRA, Params, Stack, check_impl, experts
+from ft.kernels.experts.rows import Gated
 from ft.kernels.tiled import tiled
 from ft.models.quant import nf4_of, quantised
 
@@ -82,7 +84,7 @@ def _parameter(shape: tuple[int, ...], device: torch.device | str) -> nn.Paramet
 def forward(module: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """What transformers calls: out_TD of one experts module, its LoRA included."""
     up, down = stack_names(module)
-    act = module._apply_gate if module.has_gate else module.act_fn
+    act = _activation(module)
     params = Params(up=_stack(module, up), down=_stack(module, down), act=act)
     lora: ExpertLoRA | None = getattr(module, "ft_lora", None)
     factors = LoRA() if lora is None else LoRA(up=lora.factors(up), down=lora.factors(down))
@@ -90,6 +92,19 @@ def forward(module: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor)
     if module.ft_tile is None:
         return run(hidden_TD, index_TK, weight_TK)
     return tiled(run, hidden_TD, index_TK, weight_TK, tile=module.ft_tile)
+
+
+def _activation(module: Any) -> Callable[[Tensor], Tensor]:
+    """Between up and down: the model's own function, or ours of the same values where that one is a plain gate."""
+    if not module.has_gate:
+        return module.act_fn  # type: ignore[no-any-return]
+    from transformers import activations
+    from transformers.integrations import moe
+
+    plain = type(module)._apply_gate is getattr(moe, "_default_apply_gate", None)
+    if plain and type(module.act_fn) in (activations.SiLUActivation, nn.SiLU):
+        return Gated("silu")
+    return Gated("gelu_tanh") if plain and type(module.act_fn) is activations.GELUTanh else module._apply_gate
 
 
 def _stack(module: Any, name: str) -> Stack:

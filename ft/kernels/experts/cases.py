@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from attrs import evolve, frozen
 from torch import Tensor
-from torch.nn.functional import gelu, relu, silu
+from torch.nn.functional import relu
 
 from ft.kernels.experts import Factors, LoRA, Params, Stack
+from ft.kernels.experts.rows import Gated
 from ft.kernels.nf4 import quantise
 
 Layout = Literal["gated", "gelu", "gpt_oss", "plain"]
@@ -121,16 +122,6 @@ def quantised(problem: Problem) -> Problem:
     return evolve(problem, params=params)
 
 
-def _gated(h_RM: Tensor) -> Tensor:
-    gate, up = h_RM.chunk(2, dim=-1)
-    return silu(gate) * up
-
-
-def _gelu_gated(h_RM: Tensor) -> Tensor:
-    gate, up = h_RM.chunk(2, dim=-1)
-    return gelu(gate, approximate="tanh") * up
-
-
 def _clamped(h_RM: Tensor) -> Tensor:
     gate, up = h_RM[..., ::2].clamp(max=1.5), h_RM[..., 1::2].clamp(-1.5, 1.5)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
@@ -141,8 +132,8 @@ def _squared(h_RM: Tensor) -> Tensor:
 
 
 _ACTS: dict[Layout, Callable[[Tensor], Tensor]] = {
-    "gated": _gated,
-    "gelu": _gelu_gated,
+    "gated": Gated("silu"),
+    "gelu": Gated("gelu_tanh"),
     "gpt_oss": _clamped,
     "plain": _squared,
 }

@@ -5,24 +5,24 @@ each, and so are those of experts whose matrices follow each other in the stack:
 and in 16 bits a call costs more than a small product's arithmetic. An NF4 matrix exists only while it is multiplied.
 Nothing of the size of all routed rows is made but what backward needs.
 
-Shapes: C experts of a chunk, P their padded rows; others as in the package.
+Shapes: C experts of a chunk, P their padded rows, U = T + 1 (padding writes to the last); others as in the package.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ft.kernels.experts import LoRA, Params
 from ft.kernels.experts.chunks import Chunk, Route, route
-from ft.kernels.experts.projection import Act, Kind, Needs, Tensors, Weights, split, sum_dtype, weights, width
+from ft.kernels.experts.projection import Kind, Needs, Tensors, Weights, split, sum_dtype, weights, width
+from ft.kernels.experts.rows import Gate, add_rows, gate
 from ft.kernels.nf4 import dequantise, split_rows
 
 
@@ -34,11 +34,8 @@ def experts(
     down, down_tensors = split(params.down, lora.down)
     widest = max(hidden_TD.shape[1], width(params.up))
     routed = route(index_TK, params.up.weight.shape[0], widest, narrow=hidden_TD.dtype.itemsize == 2)
-    plan = _Plan(route=routed, up=up, down=down, act=params.act, keep=keep, trains=torch.is_grad_enabled())
+    plan = _Plan(route=routed, up=up, down=down, gate=gate(params.act), keep=keep, trains=torch.is_grad_enabled())
     return _Experts.apply(plan, hidden_TD, weight_TK, *up_tensors, *down_tensors)  # type: ignore[no-any-return]
-
-
-# --- one projection of a chunk ---------------------------------------------------------------------------------------
 
 
 class Room:
@@ -47,78 +44,90 @@ class Room:
     def __init__(self, like: Tensor) -> None:
         self.flat = like.new_empty(0)
 
-    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+    def __call__(self, shape: Sequence[int]) -> Tensor:
         n = math.prod(shape)
-        if len(self.flat) < n:
+        if self.flat.numel() < n:
             self.flat = self.flat.new_empty(n)
-        return self.flat[:n].view(shape)
+        return self.flat.narrow(0, 0, n).view(shape)
 
 
-def times(x_CPN: Tensor, found: Iterable[Tensor], out_CPM: Tensor, *, flip: bool) -> Tensor:
-    """x_c W_c for each expert of the chunk (W_c^T with ``flip``); ``found`` yields matrices of successive experts."""
-    start = 0
-    for w in found:
-        stop, w = start + len(w), w.mT if flip else w
-        torch.bmm(x_CPN[start:stop], w, out=out_CPM[start:stop])
-        start = stop
-    assert start == len(x_CPN)
+# --- one projection of a chunk ---------------------------------------------------------------------------------------
+
+
+@frozen(kw_only=True, eq=False)
+class Side:
+    """A projection's operands; all but ``weight`` in the type of the products."""
+
+    weight: Weights
+    transposed: bool
+    bias_EM: Tensor | None
+    A_ErN: Tensor | None
+    B_EMr: Tensor | None
+    scaling: float
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(N, M)"""
+        first, second = self.weight.shape[1:]
+        return (first, second) if self.transposed else (second, first)
+
+
+def side(kind: Kind, tensors: Tensors, dtype: torch.dtype) -> Side:
+    weight, *others = tensors
+    bias_EM, A_ErN, B_EMr = (None if t is None else t.detach().to(dtype) for t in others)
+    return Side(
+        weight=weights(kind, weight), transposed=kind.transposed, bias_EM=bias_EM, A_ErN=A_ErN, B_EMr=B_EMr,
+        scaling=kind.scaling,
+    )  # fmt: skip
+
+
+Found = Iterable[tuple[int, int, Tensor]]  # start, stop: the chunk's places whose experts have these matrices
+
+
+def matrices(w: Weights, chunk: Chunk, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """The experts' matrices, (n, ., .) for n neighbours; of an NF4 stack one exists at a time."""
+    if isinstance(w, Tensor):
+        yield from ((start, stop, w[e : e + stop - start]) for e, start, stop in chunk.runs)
+    elif w.shape[1] * w.shape[2] % w.block:  # scales straddle experts
+        yield 0, len(chunk.experts), dequantise(w, dtype)[chunk.expert_C]
+    else:
+        singles = enumerate(split_rows(w, chunk.experts))
+        yield from ((i, i + 1, dequantise(one, dtype)) for i, one in singles)
+
+
+def times(x_CPN: Tensor, found: Found, out_CPM: Tensor, *, flip: bool) -> Tensor:
+    """x_c W_c for each expert of the chunk (W_c^T with ``flip``)."""
+    for start, stop, w in found:
+        torch.bmm(x_CPN[start:stop], w.mT if flip else w, out=out_CPM[start:stop])
     return out_CPM
 
 
-def matrices(w: Weights, chunk: Chunk, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The experts' matrices, (n, ., .) for n neighbours; of an NF4 stack one exists at a time."""
-    if isinstance(w, Tensor):
-        yield from (w[e : e + stop - start] for e, start, stop in chunk.runs())
-    elif w.shape[1] * w.shape[2] % w.block:  # scales straddle experts
-        yield dequantise(w, dtype)[chunk.expert_C]
-    else:
-        yield from (dequantise(one, dtype) for one in split_rows(w, chunk.experts))
+def _project(x_CPN: Tensor, found: Found, to: Side, chunk: Chunk, out_CPM: Tensor) -> Tensor | None:
+    """Into out: y = x W^T + b + s (x A^T) B^T. Returns x A^T."""
+    times(x_CPN, found, out_CPM, flip=not to.transposed)
+    if to.bias_EM is not None:
+        out_CPM += chunk.of(to.bias_EM)[:, None]
+    if to.A_ErN is None or to.B_EMr is None:
+        return None
+    xa_CPr = torch.bmm(x_CPN, chunk.of(to.A_ErN).mT)
+    out_CPM.baddbmm_(xa_CPr, chunk.of(to.B_EMr).mT, alpha=to.scaling)
+    return xa_CPr
 
 
-def _project(
-    x_CPN: Tensor, found: Iterable[Tensor], kind: Kind, tensors: Tensors, chunk: Chunk, room: Room | None
-) -> tuple[Tensor, Tensor | None]:
-    """y = x W^T + b + s (x A^T) B^T, and x A^T; y lies in ``room``, or in memory of its own."""
-    shape = (*x_CPN.shape[:2], _out_width(kind, tensors))
-    y_CPM = times(x_CPN, found, x_CPN.new_empty(shape) if room is None else room(shape), flip=not kind.transposed)
-    _, bias_EM, A_ErN, B_EMr = tensors
-    if bias_EM is not None:
-        y_CPM += bias_EM[chunk.expert_C].to(x_CPN.dtype)[:, None]
-    if A_ErN is None or B_EMr is None:
-        return y_CPM, None
-    xa_CPr = x_CPN @ _chosen(A_ErN, chunk, x_CPN.dtype).mT
-    return y_CPM.baddbmm_(xa_CPr, _chosen(B_EMr, chunk, x_CPN.dtype).mT, alpha=kind.scaling), xa_CPr
-
-
-def _project_back(
-    g_CPM: Tensor, found: Iterable[Tensor], kind: Kind, tensors: Tensors, chunk: Chunk, room: Room
-) -> tuple[Tensor, Tensor | None]:
-    """dx = g W + s (g B) A, in ``room``, and g B."""
-    dx_CPN = times(g_CPM, found, room((*g_CPM.shape[:2], _in_width(kind, tensors))), flip=kind.transposed)
-    _, _, A_ErN, B_EMr = tensors
-    if A_ErN is None or B_EMr is None:
-        return dx_CPN, None
-    gb_CPr = g_CPM @ _chosen(B_EMr, chunk, g_CPM.dtype)
-    return dx_CPN.baddbmm_(gb_CPr, _chosen(A_ErN, chunk, g_CPM.dtype), alpha=kind.scaling), gb_CPr
-
-
-def _chosen(w: Tensor, chunk: Chunk, dtype: torch.dtype) -> Tensor:
-    found = chunk.whole()
-    return (w.index_select(0, chunk.expert_C) if found is None else w[found]).to(dtype)
-
-
-def _out_width(kind: Kind, tensors: Tensors) -> int:
-    return weights(kind, tensors[0]).shape[2 if kind.transposed else 1]
-
-
-def _in_width(kind: Kind, tensors: Tensors) -> int:
-    return weights(kind, tensors[0]).shape[1 if kind.transposed else 2]
+def _project_back(g_CPM: Tensor, found: Found, to: Side, chunk: Chunk, out_CPN: Tensor) -> Tensor | None:
+    """Into out: dx = g W + s (g B) A. Returns g B."""
+    times(g_CPM, found, out_CPN, flip=to.transposed)
+    if to.A_ErN is None or to.B_EMr is None:
+        return None
+    gb_CPr = torch.bmm(g_CPM, chunk.of(to.B_EMr))
+    out_CPN.baddbmm_(gb_CPr, chunk.of(to.A_ErN), alpha=to.scaling)
+    return gb_CPr
 
 
 def _add_grads(
     into: Tensors,
     chunk: Chunk,
-    kind: Kind,
+    to: Side,
     g_CPM: Tensor,
     x_CPN: Tensor,
     xa_CPr: Tensor | None,
@@ -128,23 +137,15 @@ def _add_grads(
     """Write the chunk's gradients of weight, bias, A and B, each row's share times ``w``, applied to the narrower."""
     dW, dbias_EM, dA_ErN, dB_EMr = into
     if dW is not None:
-        left, right = (_scaled(x_CPN, w_CP1), g_CPM) if kind.transposed else (g_CPM, _scaled(x_CPN, w_CP1))
+        left, right = (_scaled(x_CPN, w_CP1), g_CPM) if to.transposed else (g_CPM, _scaled(x_CPN, w_CP1))
         for e, g, x in zip(chunk.experts, left.unbind(), right.unbind(), strict=True):
             torch.mm(g.t(), x, out=dW[e])
     if dbias_EM is not None:
-        _put(dbias_EM, chunk, _scaled(g_CPM.to(sum_dtype(g_CPM.dtype)), w_CP1).sum(1))
+        chunk.put(dbias_EM, _scaled(g_CPM.to(sum_dtype(g_CPM.dtype)), w_CP1).sum(1))
     if dA_ErN is not None and gb_CPr is not None:
-        _put(dA_ErN, chunk, _scaled(gb_CPr * kind.scaling, w_CP1).mT @ x_CPN)
-    if dB_EMr is not None and xa_CPr is not None:
-        _put(dB_EMr, chunk, g_CPM.mT @ _scaled(xa_CPr * kind.scaling, w_CP1))
-
-
-def _put(into: Tensor, chunk: Chunk, value: Tensor) -> None:
-    found = chunk.whole()
-    if found is None:
-        into.index_copy_(0, chunk.expert_C, value.to(into.dtype))
-    else:
-        into[found] = value
+        chunk.put(dA_ErN, torch.bmm(_scaled(gb_CPr * to.scaling, w_CP1).mT, x_CPN))
+    if dB_EMr is not None and xa_CPr is not None:  # the transpose, since products with few rows are the faster ones
+        chunk.put(dB_EMr, torch.bmm(_scaled(xa_CPr * to.scaling, w_CP1).mT, g_CPM).mT)
 
 
 def _scaled(x: Tensor, w_CP1: Tensor | None) -> Tensor:
@@ -160,17 +161,17 @@ def _grads(tensors: Tensors, needs: Needs, idle: Tensor) -> Tensors:
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
-Pair = tuple[Iterable[Tensor], Iterable[Tensor]]
-
-
 @frozen(kw_only=True, eq=False)
 class _Plan:
     route: Route
     up: Kind
     down: Kind
-    act: Act
+    gate: Gate
     keep: bool
     trains: bool
+
+    def sides(self, tensors: Tensors, dtype: torch.dtype) -> tuple[Side, Side]:
+        return side(self.up, tensors[:4], dtype), side(self.down, tensors[4:], dtype)
 
 
 class _Experts(torch.autograd.Function):
@@ -182,18 +183,18 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, hidden_TD: Tensor, weight_TK: Tensor, *tensors: Tensor | None) -> Tensor:
-        up, down, saved = tensors[:4], tensors[4:], []
-        x_UD, w_S = _extended(hidden_TD), _weights_S(weight_TK, hidden_TD.dtype)
-        out_UD = torch.zeros(len(x_UD), _out_width(plan.down, down), dtype=w_S.dtype, device=x_UD.device)
-        ctx.kept, x_room, y_room = [], Room(x_UD), Room(x_UD)
+        (up, down), saved = plan.sides(tensors, hidden_TD.dtype), []
+        w_S = _weights_S(weight_TK, hidden_TD.dtype)
+        out_UD = hidden_TD.new_zeros(len(hidden_TD) + 1, down.widths[1], dtype=w_S.dtype)
+        x_room, a_room, y_room = (Room(hidden_TD) for _ in range(3))
+        ctx.kept = []
         for chunk in plan.route.chunks:
-            W_up, W_down = _both(plan, up, down, chunk, hidden_TD.dtype)
-            W_up, W_down = (list(W_up), list(W_down)) if plan.keep else (W_up, W_down)
-            h_CPM, up_xa_CPr = _project(_rows(x_UD, chunk, x_room), W_up, plan.up, up, chunk, None)
-            a_CPI = _activated(plan, h_CPM)
-            y_CPD, down_xa_CPr = _project(a_CPI, W_down, plan.down, down, chunk, y_room)
-            y_CPD = y_CPD.to(w_S.dtype).mul_(w_S[chunk.slot_CP][..., None])
-            out_UD.index_add_(0, chunk.token_CP.flatten(), y_CPD.flatten(0, 1))
+            W_up, W_down = _both(up, down, chunk, hidden_TD.dtype, plan.keep)
+            h_CPM = hidden_TD.new_empty(*chunk.shape, up.widths[1])
+            up_xa_CPr = _project(_rows(hidden_TD, chunk, x_room), W_up, up, chunk, h_CPM)
+            a_CPI, y_CPD = plan.gate.forward(h_CPM, a_room), y_room((*chunk.shape, down.widths[1]))
+            down_xa_CPr = _project(a_CPI, W_down, down, chunk, y_CPD)
+            add_rows(out_UD, chunk.token_R, y_CPD.flatten(0, 1), w_S[chunk.slot_R])
             if plan.trains:
                 saved += [h_CPM, up_xa_CPr, down_xa_CPr]
                 ctx.kept.append((W_up, W_down) if plan.keep else None)
@@ -206,64 +207,61 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors
         hidden_TD, weight_TK, *tensors = saved[:10]
-        plan, needs, up, down = ctx.plan, ctx.needs_input_grad, tensors[:4], tensors[4:]
-        dup, ddown = _grads(up, needs[3:7], plan.route.idle), _grads(down, needs[7:], plan.route.idle)
-        x_UD, g_UD, w_S = _extended(hidden_TD), _extended(grads[0]), _weights_S(weight_TK, hidden_TD.dtype)
-        dx_UD, dw_S = torch.zeros_like(x_UD, dtype=w_S.dtype), torch.zeros_like(w_S)
-        g_room, u_room, dx_room, x_room = (Room(x_UD) for _ in range(4))
+        plan, needs, g_TD = ctx.plan, ctx.needs_input_grad, grads[0]
+        up, down = plan.sides(tensors, hidden_TD.dtype)
+        idle = plan.route.idle
+        dup, ddown = _grads(tensors[:4], needs[3:7], idle), _grads(tensors[4:], needs[7:], idle)
+        w_S = _weights_S(weight_TK, hidden_TD.dtype)
+        dx_UD = hidden_TD.new_zeros(len(hidden_TD) + 1, up.widths[0], dtype=w_S.dtype)
+        dw_S = torch.zeros_like(w_S)
+        g_room, a_room, u_room, h_room, dx_room, x_room = (Room(hidden_TD) for _ in range(6))
         below = needs[1] or any(needs[3:7])
         for i, chunk in enumerate(plan.route.chunks):
             h_CPM, up_xa_CPr, down_xa_CPr = saved[10 + 3 * i :][:3]
-            W_up, W_down = ctx.kept[i] or _both(plan, up, down, chunk, g_UD.dtype)
-            g_CPD, w_CP1 = _rows(g_UD, chunk, g_room), w_S[chunk.slot_CP][..., None]
-            with torch.enable_grad():
-                h_CPM = h_CPM.detach().requires_grad_()
-                a_CPI = _activated(plan, h_CPM)
-            u_CPI, gb_CPr = _project_back(g_CPD, W_down, plan.down, down, chunk, u_room)
-            if needs[2]:
-                dw_S[chunk.slot_CP] = _routing_grad(a_CPI.detach(), u_CPI, g_CPD, down[1], chunk)
-            _add_grads(ddown, chunk, plan.down, g_CPD, a_CPI.detach(), down_xa_CPr, gb_CPr, w_CP1)
+            W_up, W_down = ctx.kept[i] or _both(up, down, chunk, hidden_TD.dtype)
+            g_CPD, w_CP = _rows(g_TD, chunk, g_room), w_S[chunk.slot_R].view(chunk.shape)
+            u_CPI = u_room((*chunk.shape, down.widths[0]))
+            gb_CPr = _project_back(g_CPD, W_down, down, chunk, u_CPI)
+            a_CPI, d_CP, dh_CPM = plan.gate.backward(h_CPM, u_CPI, w_CP, a_room, h_room)
+            dw_S[chunk.slot_R] = _plus_bias(d_CP, g_CPD, down, chunk).flatten()
+            _add_grads(ddown, chunk, down, g_CPD, a_CPI, down_xa_CPr, gb_CPr, w_CP[..., None])
             if not below:
                 continue
-            (dh_CPM,) = torch.autograd.grad(a_CPI, h_CPM, _scaled(u_CPI, w_CP1))
-            dx_CPD, gb_CPr = _project_back(dh_CPM, W_up, plan.up, up, chunk, dx_room)
-            dx_UD.index_add_(0, chunk.token_CP.flatten(), dx_CPD.flatten(0, 1).to(dx_UD.dtype))
+            dx_CPD = dx_room((*chunk.shape, up.widths[0]))
+            gb_CPr = _project_back(dh_CPM, W_up, up, chunk, dx_CPD)
+            add_rows(dx_UD, chunk.token_R, dx_CPD.flatten(0, 1), None)
             if any(needs[3:7]):
-                _add_grads(dup, chunk, plan.up, dh_CPM, _rows(x_UD, chunk, x_room), up_xa_CPr, gb_CPr, None)
+                _add_grads(dup, chunk, up, dh_CPM, _rows(hidden_TD, chunk, x_room), up_xa_CPr, gb_CPr, None)
         dhidden_TD = dx_UD[:-1].to(hidden_TD.dtype) if needs[1] else None
         dweight_TK = dw_S[:-1].view_as(weight_TK).to(weight_TK.dtype) if needs[2] else None
         return None, dhidden_TD, dweight_TK, *dup, *ddown
 
 
-def _both(plan: _Plan, up: Tensors, down: Tensors, chunk: Chunk, dtype: torch.dtype) -> Pair:
-    """The chunk's matrices of up and of down."""
-    return matrices(weights(plan.up, up[0]), chunk, dtype), matrices(weights(plan.down, down[0]), chunk, dtype)
+def _both(up: Side, down: Side, chunk: Chunk, dtype: torch.dtype, keep: bool = False) -> tuple[Found, Found]:
+    """The chunk's matrices of up and of down; each is made when it is multiplied, unless all are to be kept."""
+    both = (matrices(one.weight, chunk, dtype) for one in (up, down))
+    first, second = (list(found) if keep else found for found in both)
+    return first, second
 
 
-def _activated(plan: _Plan, h_CPM: Tensor) -> Tensor:
-    return plan.act(h_CPM.flatten(0, 1)).unflatten(0, h_CPM.shape[:2])
-
-
-def _extended(x_TD: Tensor) -> Tensor:
-    """One row of zeros more, which is what padding reads."""
-    return F.pad(x_TD, (0, 0, 0, 1))
-
-
-def _rows(x_UD: Tensor, chunk: Chunk, room: Room) -> Tensor:
-    out_CPD = room((*chunk.token_CP.shape, x_UD.shape[1]))
-    torch.index_select(x_UD, 0, chunk.token_CP.flatten(), out=out_CPD.flatten(0, 1))
+def _rows(x_TD: Tensor, chunk: Chunk, room: Room) -> Tensor:
+    """The chunk's rows; padding is zeros."""
+    out_CPD = room((*chunk.shape, x_TD.shape[1]))
+    out_RD = out_CPD.flatten(0, 1)
+    torch.index_select(x_TD, 0, chunk.source_R, out=out_RD)
+    if chunk.padding is not None:
+        out_RD.index_fill_(0, chunk.padding, 0)
     return out_CPD
 
 
 def _weights_S(weight_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """Routing weights of the slots in the type of sums, and a zero for padding."""
-    return F.pad(weight_TK.flatten().to(sum_dtype(dtype)), (0, 1))
+    flat = weight_TK.flatten().to(sum_dtype(dtype))
+    return torch.cat([flat, flat.new_zeros(1)])
 
 
-def _routing_grad(a_CPI: Tensor, u_CPI: Tensor, g_CPD: Tensor, bias_ED: Tensor | None, chunk: Chunk) -> Tensor:
-    """d out / d weight of each row, in float32 (float64 for float64)."""
-    dtype = sum_dtype(a_CPI.dtype)
-    d_CP = torch.linalg.vecdot(a_CPI.to(dtype), u_CPI.to(dtype))
-    if bias_ED is not None:
-        d_CP += (g_CPD.to(dtype) @ bias_ED[chunk.expert_C].to(dtype)[..., None])[..., 0]
-    return d_CP
+def _plus_bias(d_CP: Tensor, g_CPD: Tensor, down: Side, chunk: Chunk) -> Tensor:
+    """d out / d weight of each row, given <a, u>."""
+    if down.bias_EM is None:
+        return d_CP
+    return d_CP + (g_CPD.to(d_CP.dtype) @ chunk.of(down.bias_EM).to(d_CP.dtype)[..., None])[..., 0]

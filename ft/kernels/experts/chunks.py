@@ -5,7 +5,7 @@ Shapes: T tokens, K experts per token, R = T * K routed rows, E experts, C exper
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from attrs import frozen
@@ -19,27 +19,44 @@ SLACK = {False: 48, True: 128}  # rows of padding that cost less than one chunk 
 STEP = 8  # what 16-bit lengths are multiples of
 
 
+Run = tuple[int, int, int]  # (first expert, start, stop): places start .. stop - 1 hold neighbours in the stacks
+
+
 @frozen(kw_only=True, eq=False)
 class Chunk:
-    """Experts and their rows; padding has the token after the last and the slot after the last."""
+    """Experts and their rows, C x P of them; R = C * P here."""
 
     experts: tuple[int, ...]
     expert_C: Tensor
-    slot_CP: Tensor  # places in the flat (T, K) routing
-    token_CP: Tensor
+    runs: Sequence[Run]
+    shape: tuple[int, int]  # C, P
+    slot_R: Tensor  # places in the flat (T, K) routing; of padding, the one after the last
+    token_R: Tensor  # of padding, the one after the last
+    source_R: Tensor  # the row of the hidden states to read; of padding, the first
+    padding: Tensor | None  # its rows, where there is any
 
-    def runs(self) -> Iterator[tuple[int, int, int]]:
-        """(first expert, start, stop): places start .. stop - 1 hold experts that follow each other in the stacks."""
-        start = 0
-        for i in range(1, len(self.experts) + 1):
-            if i == len(self.experts) or self.experts[i] != self.experts[i - 1] + 1:
-                yield self.experts[start], start, i
-                start = i
+    def of(self, stack: Tensor) -> Tensor:
+        """The experts' entries of a stack: a view, where they follow each other."""
+        if len(self.runs) > 1:
+            return stack.index_select(0, self.expert_C)
+        first, _, n = self.runs[0]
+        return stack.narrow(0, first, n)
 
-    def whole(self) -> slice | None:
-        """The experts as one slice of a stack, where they follow each other."""
-        first, _, stop = next(self.runs())
-        return slice(first, first + stop) if stop == len(self.experts) else None
+    def put(self, into: Tensor, value: Tensor) -> None:
+        """Write the experts' entries of a stack."""
+        if len(self.runs) > 1:
+            into.index_copy_(0, self.expert_C, value.to(into.dtype))
+        else:
+            first, _, n = self.runs[0]
+            into.narrow(0, first, n).copy_(value)
+
+
+def _runs(experts: tuple[int, ...]) -> Iterator[Run]:
+    start = 0
+    for i in range(1, len(experts) + 1):
+        if i == len(experts) or experts[i] != experts[i - 1] + 1:
+            yield experts[start], start, i
+            start = i
 
 
 @frozen(kw_only=True, eq=False)
@@ -69,8 +86,19 @@ def route(index_TK: Tensor, experts: int, widest: int, *, narrow: bool) -> Route
         place_P = torch.arange(length, device=index_TK.device)
         outside_CP = place_P >= count_E[expert_C, None]
         slot_CP = slots[(start_E[expert_C, None] + place_P).masked_fill_(outside_CP, len(slot_R))]
-        token_CP = slot_CP // index_TK.shape[1]
-        made.append(Chunk(experts=ids, expert_C=expert_C, slot_CP=slot_CP, token_CP=token_CP))
+        token_CP, full = slot_CP // index_TK.shape[1], length * len(ids) == sum(counts[e] for e in ids)
+        made.append(
+            Chunk(
+                experts=ids,
+                expert_C=expert_C,
+                runs=tuple(_runs(ids)),
+                shape=(len(ids), length),
+                slot_R=slot_CP.flatten(),
+                token_R=token_CP.flatten(),
+                source_R=(token_CP if full else token_CP.masked_fill(outside_CP, 0)).flatten(),
+                padding=None if full else outside_CP.flatten().nonzero()[:, 0],
+            )
+        )
     return Route(chunks=tuple(made), idle=(count_E == 0).nonzero()[:, 0])
 
 
@@ -80,13 +108,20 @@ Cut = tuple[tuple[int, ...], int]  # experts, and the padded rows of each
 def cuts(counts: list[int], room: int, narrow: bool) -> list[Cut]:
     """Chunks of at most ``room`` rows, unless one expert has more.
 
-    In the order of the stacks, so that a chunk's share of a stack is a view and not a copy; by length, where that
-    makes less than half as many chunks, as it does where a few experts get most rows.
+    In the order of the stacks, so that a chunk's share of a stack is a view and not a copy, and its neighbours'
+    products one call; by length where that is worth more: in 32 bits, where it saves padding, and in 16 bits, where
+    calls cost more, only where it makes less than half as many chunks, as it does where few experts get most rows.
     """
     ids = [e for e, n in enumerate(counts) if n]
     in_order = list(_cut(ids, counts, room, narrow))
     by_length = list(_cut(sorted(ids, key=lambda e: -counts[e]), counts, room, narrow))
-    return by_length if 2 * len(by_length) < len(in_order) else in_order
+    less = 2 * len(by_length) < len(in_order) if narrow else _cost(by_length) < _cost(in_order)
+    return by_length if less else in_order
+
+
+def _cost(cuts: list[Cut]) -> int:
+    """In rows: padded ones, and SLACK for each chunk."""
+    return sum(len(ids) * length + SLACK[False] for ids, length in cuts)
 
 
 def _cut(ids: list[int], counts: list[int], room: int, narrow: bool) -> Iterator[Cut]:
