@@ -40,9 +40,9 @@ class Stack:
 class Params:
     """The stacks of an experts module and the function between them: ``act(h_RM) -> a_RI``, row by row.
 
-    ``ft.kernels.experts.rows.Gated`` is such a function whose derivative need not be found by autograd.
     The families' layouts: [gate; up] halves with SiLU or GELU (M = 2I); gpt_oss, transposed, with biases, gate and up
     interleaved and clamped; nemotron_h without a gate (M = I). D is the latent width where the model has one.
+    ``ft.kernels.experts.rows.Gated`` is an ``act`` whose derivative need not be found by autograd.
     """
 
     up: Stack
