@@ -1,7 +1,7 @@
 """C routines that ship as source, compiled at first use by this machine's compiler for this machine's processor.
 
-None is needed: without a compiler, or with FT_NATIVE=0 in the environment, plain torch runs, slower and with the same
-bits. Libraries are kept in $XDG_CACHE_HOME/ft/native, else ~/.cache/ft/native, each under a hash of its source, the
+None is needed: without a compiler, or with FT_NATIVE=0 in the environment, plain torch runs instead, only slower.
+Libraries are kept in $XDG_CACHE_HOME/ft/native, else ~/.cache/ft/native, each under a hash of its source, the
 compiler and the processor's instructions, since a home may be shared by different machines.
 """
 
@@ -21,13 +21,10 @@ from pathlib import Path
 
 from attrs import frozen
 
-# Sums and products round each, as they do in torch; torch's OpenMP runtime is shared by its name.
+# Products and sums round each, as in torch, unless ``extra`` asks otherwise. OpenMP's runtime is torch's, by its name.
 FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")
 # Tried in turn. Some compilers know their own processor by -mcpu, and some come without OpenMP.
-VARIANTS = (
-    *(("-march=native", "-fopenmp"), ("-march=native",)),
-    *(("-mcpu=native", "-fopenmp"), ("-mcpu=native",), ()),
-)
+VARIANTS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native", "-fopenmp"), ("-mcpu=native",), ())
 COMPILERS = ("cc", "gcc", "clang")
 SECONDS = 120  # that a compiler may take
 
