@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +46,8 @@ from ft.rollout.vllm import VLLMSampler
 from ft.rollout.wire import chosen
 
 # What a server is asked for each time, in this order.
-HEAD, TAIL = ["/pause?mode=wait"], ["/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/resume"]
+HEAD = ["/pause?mode=wait", "/collective_rpc"]
+TAIL = ["/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/resume"]
 WIRED = [*HEAD, "/start_weight_update", "/update_weights", "/finish_weight_update", *TAIL]
 
 
@@ -110,6 +112,17 @@ def refuses(body: dict[str, Any]) -> None:
     raise RuntimeError("no such file")
 
 
+def without_ours(body: dict[str, Any]) -> None:
+    """A server that we did not start has no methods of ours."""
+    if body["method"].startswith("ft_"):
+        raise AttributeError(f"no attribute {body['method']!r}")
+
+
+def unreadable(body: dict[str, Any]) -> None:
+    if body["method"] == "reload_weights":
+        refuses(body)
+
+
 # --- from a folder ---------------------------------------------------------------------------------------------------
 
 
@@ -119,10 +132,10 @@ def test_each_step_is_read_again_in_place_and_the_server_goes_on(fake: Fake, wor
     for step in range(3):
         whole.move(step)
         made.sync(step)
-        reload, repack = fake.asked("/collective_rpc")
-        assert reload["method"] == "reload_weights" and repack["method"] == "ft_repack"
+        asked = fake.asked("/collective_rpc")
+        assert [body["method"] for body in asked] == ["ft_unpack", "reload_weights", "ft_repack"]
         assert calls(fake) == [*HEAD, "/collective_rpc", *TAIL] and not fake.paused
-        assert Path(reload["kwargs"]["weights_path"]).parent == (tmp_path / "sync").resolve()
+        assert Path(asked[1]["kwargs"]["weights_path"]).parent == (tmp_path / "sync").resolve()
         assert made.mismatch is not None and made.mismatch.divergence < 1e-10
         assert [r.policy_step for r in made.rollout(prompts(), 1, step)[0]] == [step]
     assert len(list((tmp_path / "sync").iterdir())) == 2
@@ -141,7 +154,7 @@ def test_the_key_is_sent_with_every_call(fake: Fake, world: World, tmp_path: Pat
 
 
 def test_a_server_that_cannot_read_them_is_not_left_paused(fake: Fake, world: World, tmp_path: Path):
-    fake.on["/collective_rpc"] = refuses
+    fake.on["/collective_rpc"] = unreadable
     with pytest.raises(ServerError, match=r"(?s)cannot load the weights, and has none now.*no such file"):
         at(fake, world, tmp_path, Whole(tmp_path, fake.url)).sync(0)
     assert calls(fake) == [*HEAD, "/collective_rpc", "/resume"] and not fake.paused
@@ -191,6 +204,14 @@ def test_one_that_takes_them_from_everybody_is_announced(fake: Fake, world: Worl
     made.client = evolve(made.client, token=token)
     made.sync(0)
     assert f"whoever reaches {fake.url} can change its weights" in told(made)[0]
+
+
+def test_one_without_our_methods_is_sent_them_all_the_same(fake: Fake, world: World, tmp_path: Path):
+    """On a GPU it needs none of them."""
+    fake.on["/collective_rpc"] = without_ours
+    made = at(fake, world, tmp_path, Whole(tmp_path, fake.url))
+    made.sync(0)
+    assert made.mismatch is not None and made.mismatch.divergence < 1e-10
 
 
 def test_one_that_was_started_anew_unnoticed_is_sent_them_again(fake: Fake, world: World, tmp_path: Path):
@@ -285,6 +306,33 @@ def test_the_guard_lets_nothing_pass_without_the_key(monkeypatch: pytest.MonkeyP
     assert said(Guard(app), headers=[(b"authorization", b"Bearer ")]) == 401
 
 
+# --- what is packed --------------------------------------------------------------------------------------------------
+
+
+def test_heads_and_experts_are_packed_anew_on_a_cpu_and_left_alone_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(servers.__file__).with_name("inside")))
+    from ft_worker import Repacks  # type: ignore[import-not-found]
+
+    packed: list[str] = []
+
+    def module(device: str, name: str, **over: Any) -> Any:
+        made = torch.nn.Linear(1, 1, device=device)
+        method = SimpleNamespace(moe_kernel=None, process_weights_after_loading=lambda m: packed.append(name))
+        vars(made).update({"quant_method": method, **over})
+        return made
+
+    for device, found in (("cpu", 1), ("meta", 0)):
+        head = module(device, "head", tie_weights=print, cpu_linear=print)
+        linear, table = module(device, "linear", cpu_linear=print), module(device, "table", tie_weights=print)
+        experts = module(device, "experts", quant_method=SimpleNamespace(moe_kernel="made"))
+        model = torch.nn.Sequential(linear, table, head, experts, torch.nn.ReLU())
+        worker = Repacks()
+        worker.model_runner = SimpleNamespace(get_model=lambda model=model: model)
+        assert worker.ft_unpack() == worker.ft_repack() == found
+        assert experts.quant_method.moe_kernel is (None if found else "made")
+    assert packed == ["head"]
+
+
 # --- over a wire -----------------------------------------------------------------------------------------------------
 
 
@@ -336,7 +384,7 @@ def test_tensors_arrive_while_the_server_waits_for_them(fake: Fake, world: World
     (init,) = fake.asked("/init_weight_transfer_engine")
     assert init["init_info"] == {"rank_offset": 1, "world_size": 3, "packed": False, "nccl_unique_id_b64": "abc"}
     assert tube.worlds == [3]  # two workers, and us
-    assert calls(fake) == [*HEAD, "/init_weight_transfer_engine", *WIRED[1:]] and not fake.paused
+    assert calls(fake) == [*HEAD, "/init_weight_transfer_engine", *WIRED[2:]] and not fake.paused
     whole.move()
     made.sync(1)
     assert calls(fake) == WIRED and tube.flushed == 2  # the connection is kept
@@ -383,7 +431,7 @@ def test_a_server_that_fails_while_we_wait_for_it_is_an_error_and_not_a_hang(fak
     with pytest.raises(ServerError, match="no such file"):
         made.sync(1)
     seen = calls(fake)
-    assert seen[:4] == [*WIRED[:3], "/resume"] and "/init_weight_transfer_engine" in seen and not fake.paused
+    assert seen[:5] == [*WIRED[:4], "/resume"] and "/init_weight_transfer_engine" in seen and not fake.paused
 
 
 def test_a_wire_that_breaks_is_an_error_that_says_what_to_do(fake: Fake, world: World, tmp_path: Path):

@@ -121,8 +121,8 @@ def closed(client: Client, error: Refused) -> ServerError:
     """For a server without the calls by which whole models are sent."""
     return ServerError(
         "the server takes no whole models while it runs", where=client.url, got=str(error),
-        fix="start it with `ft serve RECIPE`; a server of your own needs VLLM_SERVER_DEV_MODE=1 in its environment, "
-        "and must listen on 127.0.0.1 only: vLLM's key does not guard these calls",
+        fix="start it with `ft serve RECIPE`; one of your own, on GPUs, needs VLLM_SERVER_DEV_MODE=1 in its "
+        "environment, and must listen on 127.0.0.1 only: vLLM's key does not guard these calls",
     )  # fmt: skip
 
 

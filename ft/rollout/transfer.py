@@ -177,8 +177,9 @@ def taking(client: Client, parcel: Parcel) -> Iterator[None]:
     """
     try:
         client.post("/pause?mode=wait", {})
+        _helped(client, "ft_unpack")
         yield
-        _repack(client)
+        _helped(client, "ft_repack")
         client.reset_cache()
         client.post("/update_weight_version", {"new_version": parcel.version})
     except BaseException as error:
@@ -190,10 +191,10 @@ def taking(client: Client, parcel: Parcel) -> Iterator[None]:
     client.post("/resume", {})
 
 
-def _repack(client: Client) -> None:
-    """Where the server has our addition; one that has not, and needs it, fails the canary."""
+def _helped(client: Client, method: str) -> None:
+    """By what we add to servers of ours (ft_worker.py); another one that needs it, on a CPU, fails the canary."""
     try:
-        client.call("ft_repack")
+        client.call(method)
     except Broken:
         if not client.healthy():
             raise
