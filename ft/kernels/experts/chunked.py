@@ -95,32 +95,38 @@ def matrices(w: Weights, chunk: Chunk, dtype: torch.dtype) -> Iterator[tuple[int
         yield from ((i, i + 1, dequantise(one, dtype)) for i, one in singles)
 
 
-def times(x_CPN: Tensor, found: Found, out_CPM: Tensor, *, flip: bool) -> Tensor:
-    """x_c W_c for each expert of the chunk (W_c^T with ``flip``)."""
+def times(x_CPN: Tensor, found: Found, out_CPM: Tensor, *, flip: bool, add: bool) -> None:
+    """Into out: x_c W_c for each expert of the chunk (W_c^T with ``flip``), or that in addition to what is there."""
     for start, stop, w in found:
-        torch.bmm(x_CPN[start:stop], w.mT if flip else w, out=out_CPM[start:stop])
-    return out_CPM
+        out_nPM, x_nPN, w = out_CPM[start:stop], x_CPN[start:stop], w.mT if flip else w
+        if add:
+            torch.baddbmm(out_nPM, x_nPN, w, out=out_nPM)
+        else:
+            torch.bmm(x_nPN, w, out=out_nPM)
 
 
 def _project(x_CPN: Tensor, found: Found, to: Side, chunk: Chunk, out_CPM: Tensor) -> Tensor | None:
-    """Into out: y = x W^T + b + s (x A^T) B^T. Returns x A^T."""
-    times(x_CPN, found, out_CPM, flip=not to.transposed)
+    """Into out: y = x W^T + b + s (x A^T) B^T. Returns s x A^T.
+
+    LoRA's share comes first, since the large product adds up at no cost what would else be read and written again.
+    """
+    xa_CPr, lora = None, to.A_ErN is not None and to.B_EMr is not None
+    if lora:
+        xa_CPr = torch.bmm(x_CPN, chunk.of(to.A_ErN).mT).mul_(to.scaling)
+        torch.bmm(xa_CPr, chunk.of(to.B_EMr).mT, out=out_CPM)
+    times(x_CPN, found, out_CPM, flip=not to.transposed, add=lora)
     if to.bias_EM is not None:
         out_CPM += chunk.of(to.bias_EM)[:, None]
-    if to.A_ErN is None or to.B_EMr is None:
-        return None
-    xa_CPr = torch.bmm(x_CPN, chunk.of(to.A_ErN).mT)
-    out_CPM.baddbmm_(xa_CPr, chunk.of(to.B_EMr).mT, alpha=to.scaling)
     return xa_CPr
 
 
 def _project_back(g_CPM: Tensor, found: Found, to: Side, chunk: Chunk, out_CPN: Tensor) -> Tensor | None:
-    """Into out: dx = g W + s (g B) A. Returns g B."""
-    times(g_CPM, found, out_CPN, flip=to.transposed)
-    if to.A_ErN is None or to.B_EMr is None:
-        return None
-    gb_CPr = torch.bmm(g_CPM, chunk.of(to.B_EMr))
-    out_CPN.baddbmm_(gb_CPr, chunk.of(to.A_ErN), alpha=to.scaling)
+    """Into out: dx = g W + s (g B) A. Returns s g B."""
+    gb_CPr, lora = None, to.A_ErN is not None and to.B_EMr is not None
+    if lora:
+        gb_CPr = torch.bmm(g_CPM, chunk.of(to.B_EMr)).mul_(to.scaling)
+        torch.bmm(gb_CPr, chunk.of(to.A_ErN), out=out_CPN)
+    times(g_CPM, found, out_CPN, flip=to.transposed, add=lora)
     return gb_CPr
 
 
@@ -143,9 +149,9 @@ def _add_grads(
     if dbias_EM is not None:
         chunk.put(dbias_EM, _scaled(g_CPM.to(sum_dtype(g_CPM.dtype)), w_CP1).sum(1))
     if dA_ErN is not None and gb_CPr is not None:
-        chunk.put(dA_ErN, torch.bmm(_scaled(gb_CPr * to.scaling, w_CP1).mT, x_CPN))
+        chunk.put(dA_ErN, torch.bmm(_scaled(gb_CPr, w_CP1).mT, x_CPN))
     if dB_EMr is not None and xa_CPr is not None:  # the transpose, since products with few rows are the faster ones
-        chunk.put(dB_EMr, torch.bmm(_scaled(xa_CPr * to.scaling, w_CP1).mT, g_CPM).mT)
+        chunk.put(dB_EMr, torch.bmm(_scaled(xa_CPr, w_CP1).mT, g_CPM).mT)
 
 
 def _scaled(x: Tensor, w_CP1: Tensor | None) -> Tensor:
