@@ -110,11 +110,11 @@ def _project(x_CPN: Tensor, found: Found, to: Side, chunk: Chunk, out_CPM: Tenso
 
     LoRA's share comes first, since the large product adds up at no cost what would else be read and written again.
     """
-    xa_CPr, lora = None, to.A_ErN is not None and to.B_EMr is not None
-    if lora:
+    xa_CPr = None
+    if to.A_ErN is not None and to.B_EMr is not None:
         xa_CPr = torch.bmm(x_CPN, chunk.of(to.A_ErN).mT).mul_(to.scaling)
         torch.bmm(xa_CPr, chunk.of(to.B_EMr).mT, out=out_CPM)
-    times(x_CPN, found, out_CPM, flip=not to.transposed, add=lora)
+    times(x_CPN, found, out_CPM, flip=not to.transposed, add=xa_CPr is not None)
     if to.bias_EM is not None:
         out_CPM += chunk.of(to.bias_EM)[:, None]
     return xa_CPr
@@ -122,11 +122,11 @@ def _project(x_CPN: Tensor, found: Found, to: Side, chunk: Chunk, out_CPM: Tenso
 
 def _project_back(g_CPM: Tensor, found: Found, to: Side, chunk: Chunk, out_CPN: Tensor) -> Tensor | None:
     """Into out: dx = g W + s (g B) A. Returns s g B."""
-    gb_CPr, lora = None, to.A_ErN is not None and to.B_EMr is not None
-    if lora:
+    gb_CPr = None
+    if to.A_ErN is not None and to.B_EMr is not None:
         gb_CPr = torch.bmm(g_CPM, chunk.of(to.B_EMr)).mul_(to.scaling)
         torch.bmm(gb_CPr, chunk.of(to.A_ErN), out=out_CPN)
-    times(g_CPM, found, out_CPN, flip=to.transposed, add=lora)
+    times(g_CPM, found, out_CPN, flip=to.transposed, add=gb_CPr is not None)
     return gb_CPr
 
 
