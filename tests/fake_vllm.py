@@ -44,6 +44,7 @@ class Fake(ThreadingHTTPServer):
         self.raw = False  # log-probs leave out the temperature
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self.whole = False  # has the calls of TAKING
+        self.old = False  # keeps no version of its weights
         self.guarded = True  # asks for its token there, too
         self.on: dict[str, Callable[[dict[str, Any]], object]] = {}  # what else a call does; one that raises fails
         self.paused, self.weights = False, "default"  # whether it draws no answers; what its weights are called
@@ -80,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/models":
             base = {"id": "base", "root": self.server.root, "parent": None, "max_model_len": self.server.longest}
             return self.reply(200, {"data": [base, {"id": "x", "root": "/adapters/x", "parent": "base"}]})
-        if self.path in TAKING and self.server.whole:
+        if self.path in TAKING and self.server.whole and not self.outdated():
             return self.reply(200, {"world_size": 2, "weight_version": self.server.weights})
         return self.reply(404, {"detail": "Not Found"})
 
@@ -88,6 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
         opened = self.path == "/health" or (self.route in TAKING and not self.server.guarded)
         wrong = self.headers.get("Authorization") != f"Bearer {self.server.token}"
         return bool(self.server.token) and wrong and not opened
+
+    def outdated(self) -> bool:
+        return self.server.old and self.route in ("/update_weight_version", "/weight_info")
 
     @property
     def route(self) -> str:
@@ -118,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def take(self, body: dict[str, Any]) -> None:
         """A call of TAKING. A model that is loaded again is kept as the adapter of "base"."""
-        if not self.server.whole:
+        if not self.server.whole or self.outdated():
             return self.reply(404, {"detail": "Not Found"})
         try:
             self.server.on.get(self.route, lambda body: None)(body)

@@ -132,3 +132,20 @@ def no_reload(client: Client, error: Broken) -> ServerError:
         "the server cannot load the weights, and has none now", where=client.url, got=str(error),
         fix="see that it reads this machine's disk, start it again, and go on with --resume",
     )  # fmt: skip
+
+
+def no_wire(client: Client, error: Broken) -> ServerError:
+    """For one that lives, and fails to connect itself with us."""
+    return ServerError(
+        "the server does not connect itself with the trainer by NCCL", where=client.url, got=str(error),
+        fix="its log says why: it must be started by `ft serve` or with --weight-transfer-config '{\"backend\": "
+        "\"nccl\"}', on other GPUs, and with the same version of NCCL as here; or set sampler.transfer=file",
+    )  # fmt: skip
+
+
+def halfway(client: Client, error: Exception) -> ServerError:
+    """For one that failed while tensors were sent to it."""
+    return ServerError(
+        "the server failed while it took the weights", where=client.url, got=str(error),
+        fix="its log says why; start it again where it is not the run's own, and go on with --resume",
+    )  # fmt: skip

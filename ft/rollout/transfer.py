@@ -138,9 +138,14 @@ class Broadcast:
     def _join(self, client: Client) -> None:
         world = 1 + client.workers()
         init = {"rank_offset": 1, "world_size": world, "packed": False, **self.wire.open(world)}
-        together(
-            lambda: client.post("/init_weight_transfer_engine", {"init_info": init}), self.wire.join, client.timeout
-        )
+        try:
+            together(
+                lambda: client.post("/init_weight_transfer_engine", {"init_info": init}), self.wire.join, client.timeout
+            )
+        except Broken as error:
+            if client.healthy():
+                raise foreign.no_wire(client, error) from error
+            raise
         self.joined = client
 
     def _update(self, client: Client, entries: Sequence[Entry]) -> None:
@@ -150,9 +155,13 @@ class Broadcast:
             "shapes": [list(entry.shape) for entry in entries],
         }
         client.post("/start_weight_update", {})
-        together(
-            lambda: client.post("/update_weights", {"update_info": said}), lambda: self._stream(entries), client.timeout
-        )
+        try:
+            together(
+                lambda: client.post("/update_weights", {"update_info": said}),
+                lambda: self._stream(entries), client.timeout,
+            )  # fmt: skip
+        except (Unreachable, Refused) as error:  # what was sent and not taken may hold our GPU: no second try
+            raise foreign.halfway(client, error) from error
         client.post("/finish_weight_update", {})
 
     def _stream(self, entries: Sequence[Entry]) -> None:
@@ -181,7 +190,8 @@ def taking(client: Client, parcel: Parcel) -> Iterator[None]:
         yield
         _helped(client, "ft_repack")
         client.reset_cache()
-        client.post("/update_weight_version", {"new_version": parcel.version})
+        with suppress(Refused):  # older servers keep no version
+            client.post("/update_weight_version", {"new_version": parcel.version})
     except BaseException as error:
         with suppress(Unreachable, Refused):
             client.post("/resume", {})
@@ -201,8 +211,9 @@ def _helped(client: Client, method: str) -> None:
 
 
 def _same(client: Client, parcel: Parcel) -> None:
-    if (version := client.weight_version()) != parcel.version:
-        raise Lost(f"its weights are those of {version!r}, not of {parcel.version!r}")
+    with suppress(Refused):
+        if (version := client.weight_version()) != parcel.version:
+            raise Lost(f"its weights are those of {version!r}, not of {parcel.version!r}")
 
 
 def together(theirs: Callable[[], object], ours: Callable[[], object], timeout: float) -> None:
