@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -351,6 +353,31 @@ def test_attaching_to_experts_makes_them_ft_experts():
     assert all(m.config._experts_implementation != "ft" for m in expert_modules(model).values())
     loras.attach(model, LoRA(targets=("experts",)))
     assert all(m.config._experts_implementation == "ft" for m in expert_modules(model).values())
+
+
+# --- importing peft --------------------------------------------------------------------------------------------------
+
+NOISY = """
+import logging
+
+logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "no module")
+logger.warning("the library is too old")
+"""
+
+
+def test_one_remark_of_bitsandbytes_is_left_out_while_peft_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """What it says of a kernel that nothing here calls, and nothing else; later it may say that too."""
+    (tmp_path / "peft.py").write_text(NOISY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)  # put back afterwards
+    del sys.modules["peft"]
+    assert loras.import_peft().logger is logging.getLogger("bitsandbytes.backends.cpu.ops")
+    assert caplog.messages == ["the library is too old"]
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("gemm_4bit_forward is slow here")
+    assert caplog.messages[1:] == ["gemm_4bit_forward is slow here"]
 
 
 # --- sharded ---------------------------------------------------------------------------------------------------------

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -88,21 +90,39 @@ def attach(model: Any, lora: LoRA) -> Attached:
     )
 
 
-def _attach_linears(model: nn.Module, names: tuple[str, ...], lora: LoRA) -> None:
-    from peft import LoraConfig, inject_adapter_in_model  # seconds to import
+def import_peft() -> ModuleType:
+    """peft, which takes seconds to import.
 
+    It imports bitsandbytes where that is installed, which warns on some CPUs that it lacks the package of a kernel
+    that nothing here calls. That line is left out; whatever else is said comes through.
+    """
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.addFilter(_concerns_us)
+    try:
+        import peft
+    finally:
+        logger.removeFilter(_concerns_us)
+    return peft
+
+
+def _concerns_us(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in str(record.msg)
+
+
+def _attach_linears(model: nn.Module, names: tuple[str, ...], lora: LoRA) -> None:
+    peft = import_peft()
     # Inside a plain module peft sees no transformers config, so it adapts the modules that were named (see _REWRITTEN).
     holder = nn.Module()
     holder.add_module("model", model)
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # an int by annotation, a factor in use
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         target_modules=[f"model.{name}" for name in names],
     )
     on_meta = all(p.is_meta for p in model.parameters())
-    inject_adapter_in_model(config, holder, adapter_name=_ADAPTER, low_cpu_mem_usage=on_meta)
+    peft.inject_adapter_in_model(config, holder, adapter_name=_ADAPTER, low_cpu_mem_usage=on_meta)
     for _, module in _adapted_linears(model):
         for part in (module.lora_A, module.lora_B):
             part[_ADAPTER].float()
@@ -230,13 +250,11 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 def adapter_config(attached: Attached, base: str) -> dict[str, Any]:
     """adapter_config.json, as the installed peft writes it, for adapters on the model called ``base``."""
-    from peft import LoraConfig
-
     lora = attached.lora
     by_parameter = any(name.endswith(".weight") for name in attached.target_parameters)
-    config = LoraConfig(
+    config = import_peft().LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=lora.alpha,
         lora_dropout=0.0 if by_parameter else lora.dropout,  # peft refuses dropout on parameters, even for inference
         use_rslora=lora.rslora,
         target_modules=list(attached.target_modules),
