@@ -184,6 +184,12 @@ def test_adapters_of_experts_go_to_a_server_elsewhere_one_by_one(tmp_path: Path)
     assert config["target_modules"] == ["down_proj", "gate_proj", "up_proj"] and config["target_parameters"] is None
 
 
+def test_adapters_do_not_go_by_nccl(tmp_path: Path):
+    recipe, built = adapted(tmp_path, ("attention",))
+    with pytest.raises(RecipeError, match="adapters are sent in folders"):
+        weights(recipe, built, tmp_path, VLLM(url="http://127.0.0.1:1", transfer="nccl"))
+
+
 def test_a_whole_model_with_experts_is_sent_as_its_folder_was(tmp_path: Path):
     net = build("qwen3_moe")
     net.save_pretrained(tmp_path / "base")

@@ -7,6 +7,7 @@ The server is a stand-in (tests/fake_vllm.py) which scores with a copy that load
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import queue
 import signal
@@ -43,7 +44,7 @@ from ft.rollout.sent import Weights, weights
 from ft.rollout.server import Server, environment
 from ft.rollout.transfer import Broadcast, together
 from ft.rollout.vllm import VLLMSampler
-from ft.rollout.wire import chosen
+from ft.rollout.wire import Nccl, chosen
 
 # What a server is asked for each time, in this order.
 HEAD = ["/pause?mode=wait", "/collective_rpc"]
@@ -62,8 +63,8 @@ def recipe(model: Path, **over: Any) -> Recipe:
 class Whole:
     """A tiny model as policy, all of it trained; and its copy behind a server, which scores with what arrived."""
 
-    def __init__(self, folder: Path, url: str | None = None, family: str = "llama"):
-        self.net, self.copy, self.base = build(family), build(family, seed=1), folder / "base"
+    def __init__(self, folder: Path, url: str | None = None, family: str = "llama", **over: Any):
+        self.net, self.copy, self.base = build(family, **over), build(family, seed=1, **over), folder / "base"
         self.net.save_pretrained(self.base)
         self.policy = Policy(
             scorer=Scorer(self.net), config=self.net.config, layout=Layout(kind="padded", attention="sdpa")
@@ -471,6 +472,18 @@ def test_neither_end_is_waited_for_for_ever():
         together(lambda: time.sleep(5), lambda: time.sleep(5), 0.2)
     with pytest.raises(Unreachable, match=r"within 0.2 s"):
         together(lambda: None, lambda: time.sleep(5), 0.2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL needs a GPU")
+def test_nccl_joins_sends_and_flushes():
+    """Alone on its wire; that another end receives it needs a second GPU and vLLM."""
+    wire = Nccl(device=torch.device("cuda", 0))
+    assert len(base64.b64decode(wire.open(1)["nccl_unique_id_b64"])) == 128
+    wire.join()
+    for tensor in (torch.arange(6.0), torch.ones(3, 2, dtype=torch.bfloat16).T, torch.arange(4)):
+        wire.send(tensor)
+    wire.flush()
 
 
 # --- which way -------------------------------------------------------------------------------------------------------

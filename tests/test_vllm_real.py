@@ -1,7 +1,7 @@
 """The vLLM sampler against a real vLLM. Skipped unless $FT_VLLM_PYTHON names a Python that has it.
 
 SmolLM2-135M-Instruct in float32, from $FT_MODELS or ./models. One server serves most tests; each start takes a minute
-or more, so that the whole takes about six. ``pytest -s`` shows what is measured.
+or more, so that the whole takes about ten. ``pytest -s`` shows what is measured.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import numpy as np
 import pytest
 import torch
 from attrs import define, evolve
-from test_transfer import wired
-from test_vllm import gone
+from test_transfer import Whole, wired
+from test_transfer import recipe as small
+from test_vllm import gone, sampler, told
 from torch.distributed import ProcessGroupGloo, TCPStore
 
 from ft import GRPO, VLLM, Data, LoRA, Model, Recipe, Sampling, Save, dist
 from ft.data.pack import collate
-from ft.data.tokenizer import load_tokenizer
+from ft.data.tokenizer import byte_tokenizer, load_tokenizer
 from ft.dist import World, copy_into, whole
 from ft.errors import FtError
 from ft.io.weights import resolve
@@ -39,6 +40,7 @@ from ft.recipe import Parallel
 from ft.rollout.ahead import AheadSampler
 from ft.rollout.client import Client, Refused
 from ft.rollout.rewards import exact
+from ft.rollout.server import Server, launch
 from ft.rollout.vllm import VLLMSampler
 from ft.train import optim
 from ft.train.online import sampler_of
@@ -408,6 +410,27 @@ def test_whole_weights_outlive_a_crash_of_the_server(full: Stand):
     kl, largest, _ = full.gap(Sampling(max_tokens=24))
     assert kl < 1e-7 and largest < 5e-3
     sent(full)
+
+
+def test_experts_and_buffers_take_their_places_too(full: Stand, tmp_path: Path):
+    """Of a tiny model: routed experts, which a CPU's server packs, and a router's correction, which is a buffer."""
+    full.sampler.close()
+    tiny = Whole(tmp_path, None, "glm4_moe", hidden_size=128, head_dim=32, vocab_size=261)
+    byte_tokenizer().save_pretrained(tiny.base)
+    asked = small(tiny.base)
+    assert isinstance(asked.sampler, VLLM)
+    server = Server(launch=launch(asked, asked.sampler, tiny.base, tmp_path))
+    made = sampler(full.world, tmp_path, server=server, tiny=tiny, options={"timeout": 60.0})  # type: ignore[arg-type]
+    try:
+        for step in range(3):
+            tiny.move(step)
+            (buffer,) = [b for name, b in tiny.net.named_buffers() if name.endswith("e_score_correction_bias")]
+            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(step)))
+            made.sync(step)
+            assert made.mismatch is not None and made.mismatch.divergence < 1e-9
+        assert "again" not in "".join(told(made))
+    finally:
+        made.close()
 
 
 @define

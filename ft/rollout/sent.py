@@ -62,6 +62,11 @@ def weights(recipe: Recipe, built: Built, source: Path, options: VLLM) -> Weight
             "vLLM on a CPU takes no adapters where a model has routed experts", where="sampler",
             fix="set sampler=embedded, or sample on a GPU",
         )  # fmt: skip
+    if options.transfer == "nccl":
+        raise RecipeError(
+            "adapters are sent in folders", where="sampler.transfer", got=options.transfer,
+            fix="leave it out: nccl is for runs that train all weights",
+        )  # fmt: skip
     config = lora.adapter_config(attached, recipe.model.id)
     return Weights(
         gather=lambda: served.adapter(lora.adapter_state(net), plan.ops),
