@@ -11,11 +11,15 @@ from attrs import evolve
 from tiny_models import FAMILIES, config
 
 from ft.errors import CapacityError
+from ft.methods.reward import Reward
 from ft.methods.sft import SFT
-from ft.models import load, lora, memory, quant
+from ft.methods.stepwise import Stepwise
+from ft.models import head, load, lora, memory, quant
+from ft.models.build import structure
 from ft.models.memory import Estimate, estimate, fits, size
 from ft.recipe import NF4, AdamW, Batching, Data, LoRA, Model, Recipe
 from ft.recipe.parts import Parallel
+from ft.types import asked
 
 ROWS = Data(train=("rows.jsonl",))
 LORA = LoRA(targets=("attention",))
@@ -68,6 +72,29 @@ def test_full_fine_tuning_holds_float32_masters() -> None:
     trained = sum(p.numel() for p in net.parameters())
     assert need.weights == held_bytes and need.adapters == 0
     assert need.gradients == 4 * trained and need.optimizer == 8 * trained
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("method", [Reward(), Stepwise()], ids=["reward", "stepwise"])
+def test_a_head_that_scores_stands_in_the_place_of_the_vocabulary_s(method: Any, adapter: LoRA | None) -> None:
+    """Counted against the model that a run builds: a head of a few rows of D, trained, and no tile of logits."""
+    asks = asked(method)
+    of = evolve(recipe(adapter), method=method)
+    planned = head.planned(config("llama", tie_word_embeddings=False), asks)
+    need = estimate(of, planned)
+    net = structure(of.model, adapter, planned, asks).net
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert need.gradients == 4 * trained and need.optimizer == 8 * trained
+    assert need.adapters == (0 if adapter is None else 4 * (trained - 64 * asks.classes - has_bias(net)))
+    assert need.weights + need.adapters == sum(row.bytes for row in quant.table(net))
+    language = estimate(recipe(adapter), planned)
+    assert language.logits - need.logits == memory.TILE
+    assert language.weights > need.weights
+
+
+def has_bias(net: Any) -> int:
+    """Weights of the head's bias."""
+    return sum(p.numel() for p in head.parts(net).values() if p.ndim == 1)
 
 
 def test_ranks_share_what_is_sharded() -> None:

@@ -18,10 +18,11 @@ from attrs import evolve, fields, frozen
 from torch import nn
 
 from ft.errors import CapacityError
-from ft.models import quant, targets
+from ft.models import head, quant, targets
 from ft.models.experts import expert_modules, stack_shape
 from ft.models.load import skeleton, slots
 from ft.recipe.parts import LoRA, Recipe
+from ft.types import asked
 
 if TYPE_CHECKING:
     from ft.models.reference import Second
@@ -76,9 +77,12 @@ def estimate(recipe: Recipe, config: Any, *, world: int = 1, second: Second | No
     """
     model, adapter = recipe.model, recipe.adapter
     dtype = model.dtype if adapter is not None else "float32"
-    net = skeleton(config, evolve(model, attention="auto", dtype=dtype))
+    net = skeleton(config, evolve(model, attention="auto", dtype=dtype), asked(recipe.method))
     shards = max(1, world // recipe.parallel.replicate)
-    trained = adapter_elements(net, adapter) if adapter is not None else _elements(net)
+    adapted = adapter_elements(net, adapter) if adapter is not None else 0
+    if adapter is not None and head.parts(net):  # a head that scores is trained beside adapters
+        head.train(net)
+    trained = adapted + sum(p.numel() for p in head.parts(net).values()) if adapter is not None else _elements(net)
     flow = passing(net, recipe)
     loading = 2 * max(prod(slot.shape) for slot in slots(net).values()) * getattr(torch, dtype).itemsize
     if model.quant is not None:
@@ -87,7 +91,7 @@ def estimate(recipe: Recipe, config: Any, *, world: int = 1, second: Second | No
     whole = sum(row.bytes for row in rows)
     need = Estimate(
         weights=_share(whole, shards),
-        adapters=_share(4 * trained, shards) if adapter is not None else 0,
+        adapters=_share(4 * adapted, shards),
         gradients=_share(4 * trained, shards),
         optimizer=_share(2 * trained * recipe.optim.bits // 8, shards),
         gathered=_gathered(net, recipe, shards),
@@ -146,7 +150,7 @@ def passing(net: Any, recipe: Recipe) -> tuple[int, int]:
     A layer keeps the output of each linear layer (for the experts: input and output, K times), float32 copies around
     its norms, and beside 16-bit weights the float32 input of each adapter. With checkpointing every layer keeps its
     input only, and one is held in full, with gradients for half of it. Of the logits there is one tile, and a float32
-    gradient per hidden state; what a trained head adds is counted with the gradients.
+    gradient per hidden state; a head that scores has no tile. What a trained head adds is counted with the gradients.
     """
     T, D = recipe.batch.tokens, net.config.hidden_size
     width = getattr(torch, recipe.model.dtype).itemsize
@@ -154,7 +158,7 @@ def passing(net: Any, recipe: Recipe) -> tuple[int, int]:
     flows = [_flow(m, recipe.model.dtype, D) + casts * _inputs(m) for m in _layers(net)]
     most = T * max(flows, default=0)
     kept = T * D * width * len(flows) + most * 3 // 2 if recipe.model.checkpointing else T * sum(flows) + most // 2
-    return kept, T * D * (4 + width) + TILE
+    return kept, T * D * (4 + width) + (TILE if asked(recipe.method).head == "lm" else 0)
 
 
 def _flow(layer: nn.Module, dtype: str, D: int) -> int:
