@@ -97,6 +97,17 @@ def test_an_answer_that_shares_nothing_is_the_one_that_later_ones_share_with() -
     assert [e.shared for e in share_prompts(rows)] == [0, 0, 2, 0]
 
 
+def test_pairs_of_one_unit_whose_prompts_begin_alike_share_each_their_own_prompt() -> None:
+    """Prompts of 6 and 7 tokens, the first 3 alike (a system prompt), so that 2, 5 and 6 positions can be shared."""
+    first, second = [1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8, 9, 10]
+    rows = [row([*first, 11], 1), row([*first, 12], 1), row([*second, 13], 1), row([*second, 14], 1)]
+    assert [e.shared for e in share_prompts(rows)] == [0, 5, 0, 6]  # 2 for the third would be 2 for the fourth
+    mixed = [rows[0], row([*second, 13], 1, 1), rows[1], row([*second, 14], 1, 1)]
+    assert [e.shared for e in share_prompts(mixed)] == [0, 0, 5, 6], "units that take turns are told apart"
+    short = [row([1, 2, 3, n, n, 20 + k], 1) for n in (4, 5) for k in (0, 1)]
+    assert [e.shared for e in share_prompts(short)] == [0, 4, 2, 2], "as much is saved, and the last whole one stays"
+
+
 def test_more_pairs_fit_into_a_micro_batch() -> None:
     rows = [e for number in range(4) for e in unit(number, 41, 10, 10)]
     assert (positions(rows), positions(share_prompts(rows))) == (400, 240)
@@ -181,12 +192,16 @@ def logps(scorer: Scorer, examples: list[Example], layout: Layout) -> tuple[list
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma3_text", "gpt_oss", "deepseek_v3"])
 def test_families_and_groups_of_answers(name: str) -> None:
-    """Dense, experts, windows of 16 that prompts are longer than, sinks, latent attention; units of one to four."""
+    """Dense, experts, windows of 16 that prompts are longer than, sinks, latent attention; units of one to six, of
+    which the last two have another prompt that begins alike.
+    """
     scorer = Scorer(family(name))
     layout, report = leak.check(scorer)
     assert layout.shared and report.sharing is not None and report.sharing.ok
-    units = (unit(0, 40, 5, 9, 3, 12), unit(1, 3, 4), unit(2, 9, 30, 2), unit(3, 1, 2, 3))
-    rows = [e for examples in units for e in examples]
+    four, other = unit(0, 40, 5, 9, 3, 12), unit(4, 20, 5, 9)
+    two = [evolve(e, unit=0, tokens_L=np.concatenate([four[0].tokens_L[:6], e.tokens_L[6:]])) for e in other]
+    rows = [*four, *two, *unit(1, 3, 4), *unit(2, 9, 30, 2), *unit(3, 1, 2, 3)]
+    assert [e.shared for e in share_prompts(rows)] == [0, 39, 39, 39, 0, 19, 0, 0, 8, 0, 0]
     expected, expected_grads = logps(scorer, rows, evolve(layout, shared=False))
     found, grads = logps(scorer, rows, layout)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -13,6 +13,7 @@ Shapes: L tokens of one sequence (ragged).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import attrs
 import numpy as np
@@ -26,15 +27,30 @@ def share_prompts(examples: Sequence[Example]) -> list[Example]:
     The order stays as it is, and packing must keep it within units: a cut sequence reads the one before it that is
     whole.
     """
-    whole: dict[int, Example] = {}
-    shared: list[Example] = []
-    for example in examples:
-        head = None if example.unit is None else whole.get(example.unit)
-        n = 0 if head is None else _common(head, example)
-        if n == 0 and example.unit is not None:
-            whole[example.unit] = example
-        shared.append(_cut(example, n) if n else example)
+    units: dict[int, list[int]] = {}
+    for i, example in enumerate(examples):
+        if example.unit is not None:
+            units.setdefault(example.unit, []).append(i)
+    shared = list(examples)
+    for places in units.values():
+        for i, n in zip(places, _shares([examples[i] for i in places]), strict=True):
+            shared[i] = _cut(examples[i], n) if n else examples[i]
     return shared
+
+
+def _shares(unit: Sequence[Example]) -> list[int]:
+    """Positions that each reads of the last one before that reads none.
+
+    One that could be cut stays whole where the next one gains more by it than it loses itself: the first answer to
+    another prompt, in a unit of many pairs whose prompts begin alike.
+    """
+    head, found = unit[0], [0]
+    for example, after in zip_longest(unit[1:], unit[2:]):
+        n = _common(head, example)
+        gain = _common(example, after) - _common(head, after) if after is not None else 0
+        found.append(0 if gain > n else n)
+        head = example if found[-1] == 0 else head
+    return found
 
 
 def _common(head: Example, example: Example) -> int:
