@@ -216,5 +216,7 @@ if __name__ == "__main__":
         time.sleep(300)
     port = int(sys.argv[sys.argv.index("--port") + 1])
     fake = Fake(port, token=os.environ["VLLM_API_KEY"], faults=faults)
+    if "unreadable" in faults:
+        fake.on["/collective_rpc"] = lambda body: 1 / 0
     fake.whole = os.environ.get("VLLM_SERVER_DEV_MODE") == "1"
     fake.serve_forever()

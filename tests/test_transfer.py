@@ -259,6 +259,20 @@ def test_ours_starts_once_on_the_first_weights_and_again_on_the_newest(
     assert gone(pids(tmp_path))
 
 
+def test_ours_is_started_again_on_what_it_cannot_read_while_it_runs(
+    start: Callable[..., Server], world: World, tmp_path: Path
+):
+    whole, server = Whole(tmp_path), start("unreadable")
+    server.launch = evolve(server.launch, whole=True)
+    made = sampler(world, tmp_path, server=server, tiny=whole, options={"canary": None})  # type: ignore[arg-type]
+    for step in range(3):
+        whole.move(step)
+        made.sync(step)
+    assert next(line for line in told(made) if "again" in line).startswith("the vLLM server failed (status 500")
+    assert len(pids(tmp_path)) == 4  # the first start fails at the second weights; the next one takes the third
+    made.close()
+
+
 def test_only_where_whole_models_are_sent_the_calls_exist_and_our_guard_with_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -398,6 +412,9 @@ def test_tensors_arrive_while_the_server_waits_for_them(fake: Fake, world: World
     made.sync(1)
     assert calls(fake) == WIRED and tube.flushed == 2  # the connection is kept
     assert made.mismatch is not None and made.mismatch.divergence < 1e-10
+    fake.weights = "default"  # started anew: it is at no end of a wire
+    assert made.rollout(prompts(), 1, 1) and tube.worlds == [3, 3]
+    assert calls(fake) == [*HEAD, "/init_weight_transfer_engine", *WIRED[2:]]
     assert not (tmp_path / "sync").exists()
     made.close()
     assert calls(fake) == ["/shutdown_weight_transfer_engine"]

@@ -92,7 +92,7 @@ class Adapter:
         client.post("/v1/unload_lora_adapter", {"lora_name": self.model})
 
 
-@define
+@frozen
 class Reload:
     """A whole model, from its folder, into the place of the one that the server has in memory."""
 
@@ -121,19 +121,17 @@ class Broadcast:
     """A whole model, tensor by tensor, over a wire that the server joins once."""
 
     wire: Wire
-    joined: Client | None = None  # to the server that is at the other end
+    joined: tuple[Client, str] | None = None  # the server at the other end, and the version that it was sent last
     model = BASE
     starts = False
 
     def send(self, client: Client, parcel: Parcel) -> None:
-        try:
-            with taking(client, parcel):
-                if self.joined is not client:
-                    self._join(client)
-                self._update(client, parcel.entries)
-        except BaseException:
-            self.joined = None
-            raise
+        joined, self.joined = self.joined, None
+        with taking(client, parcel):
+            if joined is None or joined[0] is not client or not _has(client, joined[1]):
+                self._join(client)
+            self._update(client, parcel.entries)
+        self.joined = (client, parcel.version)
 
     def _join(self, client: Client) -> None:
         world = 1 + client.workers()
@@ -146,7 +144,6 @@ class Broadcast:
             if client.healthy():
                 raise foreign.no_wire(client, error) from error
             raise
-        self.joined = client
 
     def _update(self, client: Client, entries: Sequence[Entry]) -> None:
         said = {
@@ -190,7 +187,7 @@ def taking(client: Client, parcel: Parcel) -> Iterator[None]:
         yield
         _helped(client, "ft_repack")
         client.reset_cache()
-        with suppress(Refused):  # older servers keep no version
+        with suppress(Refused):  # see _has
             client.post("/update_weight_version", {"new_version": parcel.version})
     except BaseException as error:
         with suppress(Unreachable, Refused):
@@ -211,9 +208,16 @@ def _helped(client: Client, method: str) -> None:
 
 
 def _same(client: Client, parcel: Parcel) -> None:
-    with suppress(Refused):
-        if (version := client.weight_version()) != parcel.version:
-            raise Lost(f"its weights are those of {version!r}, not of {parcel.version!r}")
+    if not _has(client, parcel.version):
+        raise Lost(f"its weights are not those that it was sent as {parcel.version!r}")
+
+
+def _has(client: Client, version: str) -> bool:
+    """Whether it is the server that was sent this, as far as it can tell."""
+    try:
+        return client.weight_version() == version
+    except Refused:  # older servers keep no version
+        return True
 
 
 def together(theirs: Callable[[], object], ours: Callable[[], object], timeout: float) -> None:
