@@ -90,11 +90,18 @@ def test_a_budget_is_met_exactly():
 def test_too_long_says_where_and_what_to_do():
     with pytest.raises(DataError) as error:
         pack([of_length(4), of_length(12, source="f.jsonl:17")], tokens=10)
-    for part in ("f.jsonl:17", "at most 10", "batch.tokens=11"):
+    for part in ("f.jsonl:17: this", "at most 10", "got: 11\n", "batch.tokens=11", "data.max_tokens=11 or less"):
         assert part in str(error.value)
-    pair = [of_length(7, source="f.jsonl:1", unit=0), of_length(7, source="f.jsonl:2", unit=0)]
-    with pytest.raises(DataError, match=r"f\.jsonl:1, f\.jsonl:2: this unit of 2 examples"):
-        pack(pair, tokens=10)
+
+
+def test_of_a_unit_that_is_too_long_the_longest_example_is_named():
+    """Units of 6 + 7 and 6 + 12 positions."""
+    for length, what, got in ((8, "its unit of 2 examples", "7, and 13"), (13, "this example", "12, and 18")):
+        pair = [of_length(7, source="f.jsonl:1", unit=0), of_length(length, source="f.jsonl:2", unit=0)]
+        with pytest.raises(DataError) as error:
+            pack(pair, tokens=10)
+        assert str(error.value).startswith(f"f.jsonl:2: {what}") and f"got: {got} with" in str(error.value)
+        assert f"batch.tokens={5 + length} or more, or a smaller data.max_tokens" in str(error.value)
 
 
 @pytest.mark.parametrize("length", [0, 1])

@@ -92,15 +92,23 @@ def _size(unit: Sequence[Example], tokens: int) -> int:
             )
     size = positions(unit)
     if size > tokens:
-        what = "example" if len(unit) == 1 else f"unit of {len(unit)} examples, which must share a batch,"
-        raise DataError(
-            f"this {what} is longer than a micro-batch",
-            where=", ".join(dict.fromkeys(example.source for example in unit if example.source)),
-            expected=f"at most {tokens} positions (batch.tokens)",
-            got=f"{size}",
-            fix=f"set batch.tokens={size} or more, or a smaller data.max_tokens",
-        )
+        raise _too_long(unit, size, tokens)
     return size
+
+
+def _too_long(unit: Sequence[Example], size: int, tokens: int) -> DataError:
+    """Names one example: the longest, which does not fit by itself or takes most of what its unit needs."""
+    longest = max(unit, key=len)
+    alone = len(longest) - 1
+    its = "this example" if alone > tokens else f"its unit of {len(unit)} examples, which must share a batch,"
+    most = f"data.max_tokens={tokens + 1} or less" if len(unit) == 1 else "a smaller data.max_tokens"
+    return DataError(
+        f"{its} is longer than a micro-batch",
+        where=longest.source,
+        expected=f"at most {tokens} positions (batch.tokens)",
+        got=f"{alone}" + (f", and {size} with the others of its unit" if len(unit) > 1 else ""),
+        fix=f"set batch.tokens={size} or more, or {most}",
+    )
 
 
 class _Rooms:
