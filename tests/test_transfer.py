@@ -40,7 +40,7 @@ from ft.models.policy import Policy, Scorer
 from ft.rollout import server as servers
 from ft.rollout.client import Broken, Unreachable
 from ft.rollout.rewards import exact
-from ft.rollout.sent import Weights, weights
+from ft.rollout.sent import Weights, packed, weights
 from ft.rollout.server import Server, environment
 from ft.rollout.transfer import Broadcast, together
 from ft.rollout.vllm import VLLMSampler
@@ -288,6 +288,21 @@ def test_only_where_whole_models_are_sent_the_calls_exist_and_our_guard_with_the
         words = " ".join(made.arguments)
         assert made.whole == ("--middleware ft_guard.Guard" in words) == (adapter is None)
         assert words.endswith(" --x 1") and "--weight-transfer-config" not in words
+
+
+def test_a_server_with_gpus_of_its_own_is_sent_tensors_and_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    whole, options = Whole(tmp_path), VLLM(python=sys.executable, devices="1")
+    assert whole.weights.entries is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    one = recipe(whole.base, sampler=options)
+    words = servers.launch(one, options, whole.base, tmp_path).arguments
+    assert words[words.index("--weight-transfer-config") + 1] == '{"backend": "nccl"}'
+    sent = weights(one, whole.built, whole.base, options)
+    assert sent.entries is not None
+    parcel = packed(sent, whole.weights.gather(), tmp_path, 0, "x-0")
+    assert parcel.folder is None and not (tmp_path / "sync").exists()
+    assert {entry.name for entry in parcel.entries} == set(open_weights(whole.base).names())
 
 
 # --- the guard -------------------------------------------------------------------------------------------------------

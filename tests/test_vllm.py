@@ -668,18 +668,18 @@ def test_a_machine_without_vllm_is_told_how_to_go_on(monkeypatch: pytest.MonkeyP
 RECIPE = """
 from ft import GRPO, VLLM, Data, LoRA, Model, Recipe
 from ft.rollout.rewards import exact
-recipe = Recipe(model=Model(id={model!r}), adapter=LoRA(), data=Data(train="x.jsonl"), method=GRPO(rewards=exact),
+recipe = Recipe(model=Model(id={model!r}), adapter={adapter}, data=Data(train="x.jsonl"), method=GRPO(rewards=exact),
                 sampler=VLLM(python={python!r}))
 """
 
 
-@pytest.mark.parametrize("ends", ["ctrl_c", "by_itself"])
-def test_serve_says_how_to_use_it_and_ends(start: Callable[..., Server], tmp_path: Path, ends: str):
+@pytest.mark.parametrize(("ends", "adapter"), [("ctrl_c", "LoRA()"), ("by_itself", "None")])
+def test_serve_says_how_to_use_it_and_ends(start: Callable[..., Server], tmp_path: Path, ends: str, adapter: str):
     start()
     model = tmp_path / "model"
     build("llama").save_pretrained(model)
     file = tmp_path / "x.py"
-    file.write_text(RECIPE.format(model=str(model), python=str(tmp_path / "python")))
+    file.write_text(RECIPE.format(model=str(model), adapter=adapter, python=str(tmp_path / "python")))
     env = {**os.environ, "FT_VLLM_TOKEN": "sesame"}
     process = subprocess.Popen(
         [sys.executable, "-m", "ft", "serve", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
@@ -688,7 +688,13 @@ def test_serve_says_how_to_use_it_and_ends(start: Callable[..., Server], tmp_pat
     said = [process.stdout.readline().decode(), process.stdout.readline().decode()]
     assert "Ctrl+C ends it" in said[0] and "FT_VLLM_TOKEN=sesame" in said[1]
     url = said[1].split("sampler.url=")[1].strip()
-    assert Client(url=url, token="sesame").complete("base", [3], 1, OPTIONS)
+    client = Client(url=url, token="sesame")
+    assert client.complete("base", [3], 1, OPTIONS)
+    if adapter == "None":
+        assert client.workers() == 2  # it takes whole models
+    else:
+        with pytest.raises(Refused, match="404"):
+            client.workers()
     if ends == "ctrl_c":
         process.send_signal(signal.SIGINT)
     else:
