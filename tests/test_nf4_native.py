@@ -115,6 +115,13 @@ def test_nothing_beyond_the_end_is_written(build: str, dtype: torch.dtype):
 
 
 @builds
+def test_outputs_of_8_and_32_MB_which_go_other_ways_to_memory_are_the_same(build: str):
+    routine = built(build)
+    for n, dtype in ((2**22 + 4099, torch.bfloat16), (2**21 + 1, torch.float32), (2**23, torch.float32)):
+        assert same(random_nf4(n, dtype), routine)
+
+
+@builds
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads_gives_the_same(build: str, threads: int):
     """131,072 values are enough for threads to share: 32 blocks of 4096, or 33 and a value, which 3 does not divide."""

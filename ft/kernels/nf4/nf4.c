@@ -1,7 +1,7 @@
 /* NF4 to dense in one pass, bit for bit what reference.py gives: code * scale in float32, rounded to the weight's type.
 
    Of the values of one block only 16 differ, a value for each code. They are multiplied and rounded once a block, and
-   every 4-bit code then looks up its own: a vector instruction looks up 8 to 64 at a time, by the low bits of each
+   every 4-bit code then looks up its own: a vector instruction looks up 8 to 32 at a time, by the low bits of each
    lane. Blocks are multiples of 32 values, so of 16 bytes; what the last, partial block has beyond that goes one by one.
 
    Compiled by ft/kernels/native.py. Products and sums must not be fused: -ffp-contract=off. */
@@ -13,18 +13,13 @@
 #include <sys/mman.h>
 #endif
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#ifdef __x86_64__
 #include <immintrin.h>
-#define INSTRUCTIONS "AVX-512"
-#elif defined(__AVX2__)
-#include <immintrin.h>
-#define INSTRUCTIONS "AVX2"
-#else
-#define INSTRUCTIONS "no vector instructions"
 #endif
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };            /* types of the output */
 enum { NESTED = 256, LEAST = 1 << 16 };         /* blocks that share an absmax2; values for which threads pay */
+enum { LARGE = 8 << 20, FRESH = 32 << 20 };     /* bytes that a core's cache does not hold; that are newly mapped */
 
 typedef struct {
     const uint8_t *packed;                      /* byte j holds code 2j in its high half and 2j + 1 in its low half */
@@ -63,30 +58,41 @@ static uint16_t float16(uint32_t x) {
 /* ---- looking up: 16 bytes at a time, 32 values ------------------------------------------------------------------- */
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
+#define INSTRUCTIONS "AVX-512"
+#define FENCE() _mm_sfence()                    /* other threads see what went past the caches */
+
+/* A large output goes past the caches, which would read each line from memory before it is written. */
+static inline void put(void *to, __m512i x, int large) {
+    if (large) _mm512_stream_si512(to, x);
+    else _mm512_storeu_si512(to, x);
+}
 
 /* A lane of 64 bits a byte: its halves are the byte's codes, and a lookup reads but 4 bits of each. */
-static void look_up_32(const uint32_t *values, const uint8_t *bytes, int64_t count, uint32_t *out) {
+static inline void look_up_32(const uint32_t *values, const uint8_t *bytes, int64_t count, uint32_t *out, int large) {
     __m512i table = _mm512_loadu_si512(values);
     for (int64_t i = 0; i < count; i += 8) {
         __m512i x = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(bytes + i)));
         x = _mm512_or_si512(_mm512_srli_epi64(x, 4), _mm512_slli_epi64(x, 32));
-        _mm512_storeu_si512(out + 2 * i, _mm512_permutexvar_epi32(x, table));
+        put(out + 2 * i, _mm512_permutexvar_epi32(x, table), large);
     }
 }
 
 /* The same with lanes of 32 bits. A lookup reads 5 bits, so the table stands there twice. */
-static void look_up_16(const uint16_t *values, const uint8_t *bytes, int64_t count, uint16_t *out) {
+static inline void look_up_16(const uint16_t *values, const uint8_t *bytes, int64_t count, uint16_t *out, int large) {
     __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)values));
     for (int64_t i = 0; i < count; i += 16) {
         __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(bytes + i)));
         x = _mm512_or_si512(_mm512_srli_epi32(x, 4), _mm512_slli_epi32(x, 16));
-        _mm512_storeu_si512(out + 2 * i, _mm512_permutexvar_epi16(x, table));
+        put(out + 2 * i, _mm512_permutexvar_epi16(x, table), large);
     }
 }
+
 #elif defined(__AVX2__)
+#define INSTRUCTIONS "AVX2"
+#define FENCE()
 
 /* Lanes as above; a lookup reads 3 bits, so there are two, and bit 3, moved to the sign, chooses between them. */
-static void look_up_32(const uint32_t *values, const uint8_t *bytes, int64_t count, uint32_t *out) {
+static void look_up_32(const uint32_t *values, const uint8_t *bytes, int64_t count, uint32_t *out, int large) {
     __m256i low = _mm256_loadu_si256((const __m256i *)values), high = _mm256_loadu_si256((const __m256i *)values + 1);
     for (int64_t i = 0; i < count; i += 4) {
         uint32_t four;
@@ -99,7 +105,7 @@ static void look_up_32(const uint32_t *values, const uint8_t *bytes, int64_t cou
 }
 
 /* A lookup of bytes: one for the lower and one for the upper bytes of the values, then these are brought together. */
-static void look_up_16(const uint16_t *values, const uint8_t *bytes, int64_t count, uint16_t *out) {
+static void look_up_16(const uint16_t *values, const uint8_t *bytes, int64_t count, uint16_t *out, int large) {
     __m128i first = _mm_loadu_si128((const __m128i *)values), second = _mm_loadu_si128((const __m128i *)values + 1);
     __m128i byte = _mm_set1_epi16(255), half = _mm_set1_epi8(15);
     __m128i lower = _mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte));
@@ -117,14 +123,16 @@ static void look_up_16(const uint16_t *values, const uint8_t *bytes, int64_t cou
 }
 
 #else
+#define INSTRUCTIONS "no vector instructions"
+#define FENCE()
 
 /* Any processor: a value after the other. */
-#define LOOK_UP(name, type)                                                              \
-    static void name(const type *values, const uint8_t *bytes, int64_t count, type *out) { \
-        for (int64_t i = 0; i < count; i++) {                                            \
-            out[2 * i] = values[bytes[i] >> 4];                                          \
-            out[2 * i + 1] = values[bytes[i] & 15];                                      \
-        }                                                                                \
+#define LOOK_UP(name, type)                                                                           \
+    static void name(const type *values, const uint8_t *bytes, int64_t count, type *out, int large) { \
+        for (int64_t i = 0; i < count; i++) {                                                         \
+            out[2 * i] = values[bytes[i] >> 4];                                                       \
+            out[2 * i + 1] = values[bytes[i] & 15];                                                   \
+        }                                                                                             \
     }
 LOOK_UP(look_up_32, uint32_t)
 LOOK_UP(look_up_16, uint16_t)
@@ -132,8 +140,8 @@ LOOK_UP(look_up_16, uint16_t)
 
 /* ---- blocks ------------------------------------------------------------------------------------------------------ */
 
-/* Blocks first .. last - 1. Always called with a constant `kind`, of which the compiler makes a loop each. */
-static inline void blocks(const weight *w, int kind, void *out, int64_t first, int64_t last) {
+/* Blocks first .. last - 1. Called with a constant `kind`: the compiler makes a loop of each. */
+static inline void blocks(const weight *w, int kind, int large, void *out, int64_t first, int64_t last) {
     for (int64_t b = first; b < last; b++) {
         float scale = scale_of(w, b), product[16];
         uint32_t bits[16];
@@ -146,8 +154,8 @@ static inline void blocks(const weight *w, int kind, void *out, int64_t first, i
         const uint8_t *bytes = w->packed + start / 2;
         uint32_t *to32 = (uint32_t *)out + start;
         uint16_t *to16 = (uint16_t *)out + start;
-        if (kind == FLOAT32) look_up_32(bits, bytes, whole / 2, to32);
-        else look_up_16(half, bytes, whole / 2, to16);
+        if (kind == FLOAT32) look_up_32(bits, bytes, whole / 2, to32, large);
+        else look_up_16(half, bytes, whole / 2, to16, large);
         for (int64_t i = whole; i < size; i++) {
             int code = i % 2 ? bytes[i / 2] & 15 : bytes[i / 2] >> 4;
             if (kind == FLOAT32) to32[i] = bits[code];
@@ -157,9 +165,13 @@ static inline void blocks(const weight *w, int kind, void *out, int64_t first, i
 }
 
 static void part(const weight *w, int kind, void *out, int64_t first, int64_t last) {
-    if (kind == FLOAT32) blocks(w, FLOAT32, out, first, last);
-    else if (kind == BFLOAT16) blocks(w, BFLOAT16, out, first, last);
-    else blocks(w, FLOAT16, out, first, last);
+    int64_t bytes = w->n * (kind == FLOAT32 ? 4 : 2);
+    /* The system has just put newly mapped memory into the caches, by zeroing it. */
+    int large = bytes >= LARGE && bytes < FRESH && (uintptr_t)out % 64 == 0;
+    if (kind == FLOAT32) blocks(w, FLOAT32, large, out, first, last);
+    else if (kind == BFLOAT16) blocks(w, BFLOAT16, large, out, first, last);
+    else blocks(w, FLOAT16, large, out, first, last);
+    FENCE();
 }
 
 /* Ask for pages of 2 MB where the output is fresh memory: one fault then serves as much as 512 of small pages, which
@@ -168,8 +180,6 @@ static void large_pages(void *out, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t page = 2 << 20, first = ((uintptr_t)out + page - 1) & -page, last = ((uintptr_t)out + bytes) & -page;
     if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE);
-#else
-    (void)out, (void)bytes;
 #endif
 }
 
