@@ -225,3 +225,5 @@ def test_means_are_over_prompts_with_their_standard_error():
     assert lines({"weights": "w"}, {"prompts": 3, "reward": {"mean": 0.5, "error": 0.25}}) == (
         "weights  w\nprompts  3\nreward   0.5000 +- 0.2500"
     )
+    shares = {"unscored": 0.0, "length": 11.08, "cut_off": 1 / 3}
+    assert lines({}, shares) == "unscored  0.0%\nlength    11.08\ncut_off   33.3%"

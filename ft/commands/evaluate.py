@@ -20,6 +20,8 @@ from ft.rollout.facts import facts
 from ft.train import online, setup
 from ft.types import Rollout, asked
 
+_SHARES = ("unscored", "cut_off")
+
 
 def evaluate(
     recipe: Recipe, files: Sequence[str], *, adapter: Path | None, sampled: int, as_json: bool
@@ -127,8 +129,9 @@ def _mean(values: Sequence[Sequence[float | None]]) -> dict[str, float | None] |
 
 
 def lines(head: dict[str, str], numbers: dict[str, Any]) -> str:
-    """A name and a value on each line."""
-    rows = {**head, **{name: _form(value) for name, value in numbers.items()}}
+    """A name and a value on each line; shares of the answers as percentages."""
+    forms = {name: f"{numbers[name]:.1%}" for name in _SHARES if name in numbers}
+    rows = {**head, **{name: _form(value) for name, value in numbers.items()}, **forms}
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
