@@ -149,7 +149,7 @@ def evaluate(
         list[str] | None, typer.Argument(help="A file of prompts, and overrides.", metavar="[TASK] [NAME=VALUE]")
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="An adapter, a whole (merged) model, or a run folder: its final weights; none: the base.")
+        Path | None, typer.Option(help="An adapter, a whole (merged) model, or a run's final weights; none: the base.")
     ] = None,
     sampled: Annotated[int, typer.Option(help="Draw so many answers to each prompt; 0: the likeliest.", min=0)] = 0,
     tiny: Tiny = False,

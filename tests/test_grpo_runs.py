@@ -32,7 +32,9 @@ from ft import (
     Save,
 )  # fmt: skip
 from ft.recipe import dump
+from ft.rollout.embedded import EmbeddedSampler
 from ft.rollout.rewards import matches
+from ft.train import loop
 from ft.train.loop import train
 
 TINY = Model(id="-", family="llama", dtype="float32", tiny=True)
@@ -74,6 +76,24 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, options: dict[str
     if "iterations" in options:
         ratios = [line["ratio_max"] for line in told if "ratio_max" in line]
         assert ratios[0] == ratios[2] == 1 < max(ratios), "the second step on a batch is off the policy that drew it"
+
+
+def test_the_clock_of_the_first_step_starts_when_the_sampler_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server is started by the first ``sync``: before the first step is timed, also of a resumed run."""
+    said: list[Any] = []
+    window = loop.Window
+    monkeypatch.setattr(EmbeddedSampler, "sync", lambda self, step: said.append(step))
+    monkeypatch.setattr(loop, "Window", lambda: said.append("clock") or window())
+    train(run(tmp_path, "x", steps=2))
+    assert said == [0, "clock", 0, "clock", 1, "clock"]
+    said.clear()
+    train(run(tmp_path, "x", steps=3), resume=True)
+    assert said == [2, "clock", 2, "clock"]
+    said.clear()
+    train(run(tmp_path, "x", steps=3), resume=True)
+    assert said == ["clock"], "nothing is left to do"
 
 
 RARE = "[a-mA-M].*"  # one answer in eight

@@ -123,6 +123,8 @@ def fit(run: Session, progress: Progress, stop: Stop) -> str:
     """Train from ``progress`` to the end; returns why it ended: "done", "stopped" or "early"."""
     if progress.step == 0:
         judge(run, progress)
+    if run.context.sampler is not None and progress.step < run.steps:
+        run.context.sampler.sync(progress.step)  # may start a server, whose minutes are no step's
     window = Window()
     while progress.step < run.steps:
         window.done.append(one_step(run, progress.step))
