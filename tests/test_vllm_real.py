@@ -1,7 +1,7 @@
 """The vLLM sampler against a real vLLM. Skipped unless $FT_VLLM_PYTHON names a Python that has it.
 
 SmolLM2-135M-Instruct in float32, from $FT_MODELS or ./models. One server serves most tests; each start takes a minute
-or more, so that the whole takes about ten. ``pytest -s`` shows what is measured.
+or more, so that the whole takes about sixteen. ``pytest -s`` shows what is measured.
 """
 
 from __future__ import annotations
