@@ -1,6 +1,7 @@
 """The policy: a causal language model that says how likely a batch's tokens are.
 
-Shapes: T positions of a batch, N trained positions, S x L rows of a padded layout, D model width, V vocabulary.
+Shapes: T positions of a batch, N trained positions, S x L rows as they are forwarded (R positions in all), D model
+width, V vocabulary, C scores of a position.
 """
 
 from __future__ import annotations
@@ -119,19 +120,10 @@ class Scorer(nn.Module):
             input_ids=rows.tokens_SL, use_cache=False, **rows.kwargs, **_router_logits(aux > 0)
         )
         hidden_RD = out.last_hidden_state.flatten(0, 1)
-        place_N = batch.trained_N if rows.place_T is None else rows.place_T[batch.trained_N]
-        if self.scores:
-            score_TC = _scatter(head.scores(hidden_RD[place_N], self.model), batch)
-            found = {"logp_T": torch.zeros_like(score_TC[:, 0]), "score_TC": score_TC}
-        else:
-            logp_N, entropy_N = self._token_logps(hidden_RD[place_N], batch, temperature, entropy)
-            found = {"logp_T": _scatter(logp_N, batch)}
-            if entropy_N is not None:
-                found["entropy_T"] = _scatter(entropy_N.detach(), batch)
+        hidden_ND = hidden_RD[_trained_places(batch, rows)]
+        found = self._scores(hidden_ND, batch) if self.scores else self._logps(hidden_ND, batch, temperature, entropy)
         if compare is not None:
-            assert batch.ref_hidden_ND is not None, "the method's prepare asks the reference"
-            other = other or self.output(frozen=True)
-            found["compared"] = compared(compare, hidden_RD[place_N], self.output(), batch.ref_hidden_ND, other)
+            found["compared"] = self._compared(hidden_ND, batch, compare, other)
         if aux:
             found["aux"] = aux * balance_loss(self.model, out, rows.real_SL, empty=not batch.lengths)
         if hidden:
@@ -162,11 +154,10 @@ class Scorer(nn.Module):
             bias_V = None if bias_V is None else whole(bias_V.detach())
         return Head(weight_VD=weight_VD, bias_V=bias_V, lora=lora, **self.options)
 
-    def _token_logps(
-        self, hidden_ND: Tensor, batch: Batch, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _logps(self, hidden_ND: Tensor, batch: Batch, temperature: float, entropy: bool) -> dict[str, Tensor]:
+        """Of a head over the vocabulary: log-probs of the targets and, where asked, entropies without gradient."""
         weight_VD, bias_V, lora = head_parts(self.model.get_output_embeddings())
-        return token_logps(
+        logp_N, entropy_N = token_logps(
             hidden_ND,
             weight_VD,
             batch.target_T[batch.trained_N],
@@ -177,12 +168,29 @@ class Scorer(nn.Module):
             impl=self.kernels,
             **self.options,
         )
+        found = {"logp_T": _scatter(logp_N, batch)}
+        return found if entropy_N is None else found | {"entropy_T": _scatter(entropy_N.detach(), batch)}
+
+    def _scores(self, hidden_ND: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Of a head that scores, beside log-probs of 0."""
+        score_TC = _scatter(head.scores(hidden_ND, self.model), batch)
+        return {"logp_T": torch.zeros_like(score_TC[:, 0]), "score_TC": score_TC}
+
+    def _compared(self, hidden_ND: Tensor, batch: Batch, term: Term, other: Head | None) -> Tensor:
+        """The sum of ``term`` over trained positions. ``other``: see ``forward``."""
+        assert batch.ref_hidden_ND is not None, "the method's prepare asks the reference"
+        other = other or self.output(frozen=True)
+        return compared(term, hidden_ND, self.output(), batch.ref_hidden_ND, other)
 
     def _from_own_logits(self, batch: Batch, rows: Rows) -> Tensor:
         logits_RV = self.model(input_ids=rows.tokens_SL, use_cache=False, **rows.kwargs).logits.flatten(0, 1)
-        place_N = batch.trained_N if rows.place_T is None else rows.place_T[batch.trained_N]
-        logp_NV = logits_RV[place_N].float().log_softmax(-1)
+        logp_NV = logits_RV[_trained_places(batch, rows)].float().log_softmax(-1)
         return _scatter(logp_NV.gather(-1, batch.target_T[batch.trained_N][:, None])[:, 0], batch)
+
+
+def _trained_places(batch: Batch, rows: Rows) -> Tensor:
+    """place_N: where the trained positions stand among those forwarded."""
+    return batch.trained_N if rows.place_T is None else rows.place_T[batch.trained_N]
 
 
 def _scatter(x_N: Tensor, batch: Batch) -> Tensor:
