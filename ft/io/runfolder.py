@@ -35,7 +35,7 @@ PACKAGES = ("ft", "torch", "transformers", "peft", "tokenizers", "safetensors", 
 FREE = (
     *("steps", "epochs", "name", "save", "log", "eval", "parallel", "batch.tokens", "data.eval", "data.cache"),
     *("model.checkpointing", "model.kernels", "model.attention", "model.layout"),
-    *(f"sampler.{part}" for part in ("url", "python", "port", "arguments", "devices", "concurrency")),
+    *(f"sampler.{part}" for part in ("url", "python", "port", "arguments", "devices", "transfer", "concurrency")),
     *("sampler.startup", "sampler.timeout", "sampler.patience", "judging.workers", "judging.timeout"),
 )
 
