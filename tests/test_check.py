@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib.util import find_spec
 from io import StringIO
@@ -106,8 +107,14 @@ def test_a_rehearsal_is_go_and_leaves_no_trace(rehearsal: Recipe, tmp_path: Path
 def test_a_model_that_is_there_is_tried_itself(real: Recipe):
     found = tried(evolve(real, adapter=None))
     assert found.go
-    assert found.lines["weights"][1].startswith("21 tensors, 0.00 GB, nothing missing")  # 2 layers of 9, 3 outside
+    weights = re.match(
+        r"21 tensors, (\d+\.\d) KB, nothing missing", found.lines["weights"][1]
+    )  # 2 layers of 9, 3 outside
     assert "with the real model: 3 rows" in found.lines["one step"][1]
+    disk = re.match(r"(\d+\.\d) MB a checkpoint, (\d+\.\d) MB in all; .* free", found.lines["disk"][1])
+    assert weights is not None and disk is not None
+    one = 3 * float(weights[1]) / 1024  # weights and two moments; the last two are kept, the best, and one is written
+    assert (float(disk[1]), float(disk[2])) == (pytest.approx(one, abs=0.06), pytest.approx(4 * one, abs=0.06))
 
 
 # What is wrong --------------------------------------------------------------------------------------------------------

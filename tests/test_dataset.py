@@ -213,6 +213,10 @@ def test_report_lines_of_known_counts():
     ]
 
 
+def test_of_prompts_no_share_of_trained_tokens_is_told():
+    assert Report(read=2, kept=2, tokens=1000, longest=0).lines() == ["rows: 2 read, 2 kept", "tokens: 1,000"]
+
+
 def test_histogram_bins_are_powers_of_two(tmp_path: Path):
     path = lines(tmp_path / "a.jsonl", [{"input_ids": [1] * n} for n in (2, 3, 4, 5, 8, 9, 64, 65)])
     assert ready(path).report.lengths == (0, 1, 2, 2, 1, 0, 1, 1)

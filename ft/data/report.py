@@ -48,8 +48,9 @@ class Report:
     def lines(self) -> list[str]:
         """The report for a terminal."""
         rows = [f"rows: {self.read:,} read, {self.kept:,} kept" + _listed(self._losses())]
-        share = self.trained / max(1, self.tokens)
-        tokens = [f"tokens: {self.tokens:,}, {self.trained:,} of them trained ({share:.1%})"]
+        # of prompts no token is to be trained, and rows of answers without one are dropped
+        trained = f", {self.trained:,} of them trained ({self.trained / self.tokens:.1%})" if self.trained else ""
+        tokens = [f"tokens: {self.tokens:,}{trained}"]
         return rows + self._by_source() + tokens + self._ends() + self._histogram() + self._first_reasons()
 
     def _losses(self) -> list[str]:

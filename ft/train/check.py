@@ -293,7 +293,7 @@ def _names(shape: Shape, folder: ModelFolder) -> Found[None]:
     """Every tensor that the model needs is stored, in its shape, and nothing is left over. Headers alone are read."""
     weights = open_weights(folder.path)
     plan = load.plan(shape.net, weights, where=str(folder.path))
-    text = f"{len(plan.ops):,} tensors, {weights.total_bytes() / 1e9:.2f} GB, nothing missing"
+    text = f"{len(plan.ops):,} tensors, {memory.size(weights.total_bytes())}, nothing missing"
     return Found(text=text + (f"; {len(plan.dropped):,} left out on purpose" if plan.dropped else ""), value=None)
 
 
@@ -306,9 +306,8 @@ def _disk(recipe: Recipe, shape: Shape) -> Found[None]:
     place, room = run_folder(recipe), (recipe.save.keep + 2) * one
     checkpoint.preflight(place, room)
     free = checkpoint.free_bytes(place)
-    return Found(
-        text=f"{one / 1e6:,.1f} MB a checkpoint, {room / 1e9:.2f} GB in all; {free / 1e9:.2f} GB free", value=None
-    )
+    text = f"{memory.size(one)} a checkpoint, {memory.size(room)} in all; {memory.size(free)} free"
+    return Found(text=text, value=None)
 
 
 def _reference(recipe: Recipe, folder: ModelFolder | None, tokenizer: Any) -> Found[Second | None]:
