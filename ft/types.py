@@ -38,7 +38,7 @@ class Example:
     keep_L: np.ndarray | None = None  # float32, 0 where a policy loss leaves the token out, though it is counted
     ref_logp_L: np.ndarray | None = None  # float32, the reference's where it is known beforehand
     adv_L: np.ndarray | None = None  # float32
-    ce_L: np.ndarray | None = None  # float32, weight of a cross-entropy term; BCO's prompt probability
+    ce_L: np.ndarray | None = None  # float32, weight of a cross-entropy term
     label: float | None = None
     label_L: np.ndarray | None = None  # float32, a judgement of each token that mask_L marks (process rewards)
     margin: float | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 from attrs import evolve, field, frozen, validators
@@ -12,9 +12,6 @@ from ft import losses
 from ft.errors import RecipeError
 from ft.methods import rated
 from ft.types import Asks, Batch, Context, Counts, Example, LogProbs, LossOutput
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def _limit(method: BCO, attribute: attrs.Attribute[Any], value: float) -> None:
@@ -52,7 +49,7 @@ class BCO:
 
     def examples(self, step: int, ctx: Context) -> Sequence[Example]:
         drawn = rated.draw(step, ctx)
-        return drawn if self.density is None else _judged(drawn, self.density, ctx)
+        return drawn if self.density is None else _weighted(drawn, self, ctx)
 
     def prepare(self, batch: Batch, policy: Any) -> Batch:
         from ft.models.reference import policy_logps, reference_logps
@@ -63,7 +60,7 @@ class BCO:
 
     def loss(self, logprobs: LogProbs, batch: Batch, counts: Counts) -> LossOutput:
         assert batch.ref_logp_T is not None
-        weight_S = None if batch.ce_T is None else self._weights(batch)
+        weight_S = None if batch.ce_T is None else batch.ce_T[batch.cu_S1[:-1].long()]
         out = losses.bco(
             rated.sums(logprobs.logp_T, batch),
             rated.sums(batch.ref_logp_T, batch),
@@ -76,22 +73,19 @@ class BCO:
         )
         return rated.with_lengths(out, batch, counts)
 
-    def _weights(self, batch: Batch) -> Tensor:
-        """weight_S, from the probability that stands at each token of an answer."""
-        assert batch.ce_T is not None
-        return losses.density_ratio(batch.ce_T[batch.cu_S1[:-1].long()], low=self.low, high=self.high)
 
-
-def _judged(examples: Sequence[Example], density: Callable[..., Any], ctx: Context) -> list[Example]:
-    """The examples with their prompts' probabilities in the place of weights of the cross-entropy that BCO is.
+def _weighted(examples: Sequence[Example], method: BCO, ctx: Context) -> list[Example]:
+    """The examples with the weight of each, at all its tokens, in the cross-entropy that BCO is.
 
     Raises:
         RecipeError: the function does not give one probability for each prompt.
     """
     import numpy as np
+    import torch
 
+    assert method.density is not None
     prompts = [ctx.tokenizer.decode(rated.prompt(example), skip_special_tokens=True) for example in examples]
-    p_S = np.asarray(density(prompts), np.float32)
+    p_S = np.asarray(method.density(prompts), np.float32)
     if p_S.shape != (len(prompts),) or not ((p_S >= 0) & (p_S <= 1)).all():
         raise RecipeError(
             "the density function must give one probability for each prompt",
@@ -100,4 +94,5 @@ def _judged(examples: Sequence[Example], density: Callable[..., Any], ctx: Conte
             got=f"shape {p_S.shape}, {p_S.min(initial=np.inf):g} to {p_S.max(initial=-np.inf):g}",
             fix="let it return [float, ...] in the order of the prompts",
         )
-    return [evolve(e, ce_L=np.full(len(e), p, np.float32)) for e, p in zip(examples, p_S, strict=True)]
+    weight_S = losses.density_ratio(torch.from_numpy(p_S), low=method.low, high=method.high).tolist()
+    return [evolve(e, ce_L=np.full(len(e), w, np.float32)) for e, w in zip(examples, weight_S, strict=True)]

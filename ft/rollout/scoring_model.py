@@ -37,9 +37,11 @@ def _loaded(folder: str, device: str) -> tuple[Any, Any]:
 
     options: Any = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     if (Path(folder) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForSequenceClassification
+        from ft.models.lora import import_peft
 
-        model: Any = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, **options)
+        model: Any = import_peft().AutoPeftModelForSequenceClassification.from_pretrained(
+            folder, num_labels=1, **options
+        )
     else:
         model = AutoModelForSequenceClassification.from_pretrained(folder, **options)
     if model.config.pad_token_id is None:
