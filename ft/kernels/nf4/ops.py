@@ -1,7 +1,7 @@
-"""NF4 for callers: each function chooses between plain torch and Triton by its ``impl``.
+"""NF4 for callers: each function chooses between torch and Triton by its ``impl``.
 
-"auto" is Triton on a GPU and torch elsewhere, but dequantises on a CPU in C where ``nf4.on_cpu()`` says so, to the same
-bits; "triton" raises RecipeError where it cannot run. Shapes: R rows of dimension 0.
+"auto" is Triton on a GPU and torch elsewhere; "triton" raises RecipeError where it cannot run. In place of torch a CPU
+dequantises by a C routine, to the same bits, where ``nf4.on_cpu()`` says so. Shapes: R rows of dimension 0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def quantise(w: Tensor, *, block: int = 64, double: bool = True, impl: Impl = "a
 def dequantise(q: NF4Tensor, dtype: torch.dtype | None = None, *, impl: Impl = "auto") -> Tensor:
     """The dense weight: code times scale in float32, rounded to ``q.dtype``, then converted to ``dtype`` if given."""
     if check(impl, q.packed) == "torch":
-        dense = native.dequantise(q) if impl == "auto" else None
+        dense = native.dequantise(q)
         return reference.dequantise(q, dtype) if dense is None else dense.to(dtype or q.dtype)
     from ft.kernels.nf4 import triton
 
