@@ -58,6 +58,7 @@ from ft.models.policy import logprobs
 from ft.models.reference import reference_logps
 from ft.recipe import Parallel
 from ft.rollout import routed
+from ft.rollout.ahead import AheadSampler
 from ft.rollout.client import Malformed
 from ft.rollout.rewards import exact, matches
 from ft.rollout.server import launch
@@ -405,6 +406,10 @@ def test_a_server_that_tells_nothing_is_said_and_so_is_a_model_without_experts(
     fake.routes = lambda tokens: npy(np.tile(TOLD[:1], (len(tokens), 1, 1)))
     ((one, _), _) = made.rollout(prompts(), 2, 0)
     assert one.routes_LMK is not None and one.routes_LMK.shape == (3 + 5 - 1, 2, 2)
+    ahead = AheadSampler(sampler=made, world=world)
+    ahead.begin(0, prompts(), 2, 0)
+    np.testing.assert_array_equal(ahead.take(0)[1][1].routes_LMK, one.routes_LMK)  # type: ignore[arg-type]
+    ahead.close()
     with pytest.raises(RecipeError, match=r"(?s)sampler.routes.*no routed experts.*LlamaForCausalLM"):
         routed.routed(Tiny().policy)
 
