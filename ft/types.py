@@ -1,9 +1,9 @@
 """The values that pass between rooms, and the protocols a method and a sampler fulfil.
 
 Shapes: T tokens of a micro-batch (packed, 1-D), S sequences, N trained positions, L tokens of one sequence
-(ragged), D model width, C scores of a position. ``mask_L[i]`` is True where predicting ``tokens_L[i]`` is trained.
-Shifting happens once, in ``ft.data.pack.collate``: ``logp_T[t]`` scores ``target_T[t]``, given ``input_T[: t + 1]``
-of the same sequence.
+(ragged), D model width, C scores of a position, M layers with routed experts, K experts per token. ``mask_L[i]`` is
+True where predicting ``tokens_L[i]`` is trained. Shifting happens once, in ``ft.data.pack.collate``: ``logp_T[t]``
+scores ``target_T[t]``, given ``input_T[: t + 1]`` of the same sequence.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Example:
     label: float | None = None
     label_L: np.ndarray | None = None  # float32, a judgement of each token that mask_L marks (process rewards)
     margin: float | None = None
+    routes_LMK: np.ndarray | None = None  # int16, experts that the sampler chose of each token; -1: the model chooses
     shared: int = 0  # positions before the first that are forwarded once for the unit (ft.data.share)
     against: Example | None = None  # this prompt with an answer that belongs to another one (KTO)
     columns: Mapping[str, Any] | None = None  # of a prompt's row: what its answers are judged by
@@ -78,6 +79,7 @@ class Batch:
     ref_logp_T: Tensor | None = None
     ref_hidden_ND: Tensor | None = None  # the reference's last hidden states at trained_N, as wide as its own model
     adv_T: Tensor | None = None
+    routes_MTK: Tensor | None = None  # int16, experts of input_T, -1 where the model chooses; None: everywhere
     ce_T: Tensor | None = None
     label_T: Tensor | None = None
     label_S: Tensor | None = None
@@ -150,6 +152,7 @@ class Rollout:
     reward: float | None = None
     parts: Mapping[str, float] = field(factory=dict)
     mask_L: np.ndarray | None = None  # bool, False where an environment spoke; None: all of it was sampled
+    routes_LMK: np.ndarray | None = None  # int16, experts of the prompt's and the answer's tokens but the last
 
 
 @frozen(eq=False)

@@ -41,6 +41,7 @@ class Fake(ThreadingHTTPServer):
         self.closed = False  # takes no adapters at all
         self.unfit = ""  # what it says of adapters that it fails at
         self.version, self.root, self.longest = "0.32.0+cpu", "", 256  # vLLM's, and the model's
+        self.routes: Callable[[list[int]], str] | None = None  # what it says of the experts of forwarded tokens
         self.raw = False  # log-probs leave out the temperature
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self.whole = False  # has the calls of TAKING
@@ -177,6 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
             "token_ids": tokens, "text": "", "logprobs": logprobs, "prompt_token_ids": prompt,
             "finish_reason": "stop" if tokens[-1] == 2 else "length", "prompt_logprobs": None,
         }  # fmt: skip
+        if self.server.routes:
+            choice["routed_experts"] = self.server.routes([*prompt, *tokens[:-1]])
         if "prompt_logprobs" in body:
             values = (self.server.score or _even)(prompt, self.server.adapters.get(body["model"]))
             given = [{str(t): {"logprob": v}} for t, v in zip(prompt[1:], values, strict=True)]

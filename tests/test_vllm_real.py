@@ -6,6 +6,8 @@ or more, so that the whole takes about sixteen. ``pytest -s`` shows what is meas
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -25,6 +27,7 @@ from attrs import define, evolve
 from test_transfer import Whole, wired
 from test_transfer import recipe as small
 from test_vllm import gone, sampler, told
+from tiny_models import build as tiny_model
 from torch.distributed import ProcessGroupGloo, TCPStore
 
 from ft import GRPO, VLLM, Data, LoRA, Model, Recipe, Sampling, Save, dist
@@ -33,10 +36,14 @@ from ft.data.tokenizer import byte_tokenizer, load_tokenizer
 from ft.dist import World, copy_into, whole
 from ft.errors import FtError
 from ft.io.weights import resolve
+from ft.models import routes
 from ft.models.build import Built, build
+from ft.models.experts import use_ft_experts
+from ft.models.layout import Layout
 from ft.models.load import config_of
-from ft.models.policy import logprobs
+from ft.models.policy import Policy, Scorer, logprobs
 from ft.recipe import Parallel
+from ft.rollout import routed
 from ft.rollout.ahead import AheadSampler
 from ft.rollout.client import Client, Refused
 from ft.rollout.rewards import exact
@@ -431,6 +438,32 @@ def test_experts_and_buffers_take_their_places_too(full: Stand, tmp_path: Path):
         assert "again" not in "".join(told(made))
     finally:
         made.close()
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "mixtral"])
+def test_the_experts_that_it_writes_down_are_the_trainers_in_this_order(tmp_path: Path, family: str):
+    """glm4_moe's first layer is dense. See vllm_routes.py."""
+    net = tiny_model(family, hidden_size=128, head_dim=32, vocab_size=261, num_hidden_layers=3)
+    net.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    use_ft_experts(net)
+    command = [
+        os.environ["FT_VLLM_PYTHON"],
+        str(Path(__file__).with_name("vllm_routes.py")),
+        tmp_path,
+        tmp_path / "o.npz",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = np.load(tmp_path / "o.npz")
+    policy = Policy(scorer=Scorer(net), config=net.config, layout=Layout(kind="padded", attention="sdpa"))
+    told = io.BytesIO()
+    np.save(told, found["routes"])
+    theirs_LMK = routed.read(base64.b64encode(told.getvalue()).decode(), routed.routed(policy), 14, "")
+    with torch.no_grad(), routes.chosen(net) as ours:
+        net(input_ids=torch.from_numpy(found["tokens"][None, :-1]))
+    assert np.array_equal(theirs_LMK, torch.stack(ours).transpose(0, 1).numpy())
+    assert not found["routes"][:, [i for i in range(3) if i not in routed.routed(policy).place_M]].any()
 
 
 @define

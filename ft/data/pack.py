@@ -1,7 +1,8 @@
 """Examples into packed micro-batches: pack, deal out over ranks, lay end to end, count.
 
-Shapes: T tokens of a micro-batch (packed, 1-D), S sequences, L tokens of one sequence (ragged). A sequence of L
-tokens takes L - 1 positions: inputs are ``tokens_L[:-1]``, targets ``tokens_L[1:]``. This is the only shift there is.
+Shapes: T tokens of a micro-batch (packed, 1-D), S sequences, L tokens of one sequence (ragged), M layers with routed
+experts, K experts per token. A sequence of L tokens takes L - 1 positions: inputs are ``tokens_L[:-1]``, targets
+``tokens_L[1:]``. This is the only shift there is.
 """
 
 from __future__ import annotations
@@ -201,6 +202,7 @@ def collate(pack: Sequence[Example]) -> Batch:
         keep_T=_stream(pack, "keep_L"),
         ref_logp_T=_stream(pack, "ref_logp_L"),
         adv_T=_stream(pack, "adv_L"),
+        routes_MTK=_routes(pack),
         ce_T=_stream(pack, "ce_L"),
         label_T=_stream(pack, "label_L"),
         label_S=_scalars(pack, "label"),
@@ -255,6 +257,20 @@ def _stream(pack: Sequence[Example], name: str) -> Tensor | None:
     for e in pack:
         assert len(getattr(e, name)) == len(e), f"{e.source}: {name} has not one value per token"
     return torch.from_numpy(_join(pack, lambda e: getattr(e, name)[1:], np.float32))
+
+
+def _routes(pack: Sequence[Example]) -> Tensor | None:
+    """Not shifted, since they are of what is forwarded; -1 for an example without them."""
+    some = next((e.routes_LMK for e in pack if e.routes_LMK is not None), None)
+    if some is None:
+        return None
+
+    def part(e: Example) -> np.ndarray:
+        routes_LMK = np.full((len(e), *some.shape[1:]), -1) if e.routes_LMK is None else e.routes_LMK
+        assert routes_LMK.shape == (len(e), *some.shape[1:]), f"{e.source}: routes_LMK has not its experts per token"
+        return routes_LMK[:-1]
+
+    return torch.from_numpy(_join(pack, part, np.int16)).transpose(0, 1).contiguous()
 
 
 def _scalars(pack: Sequence[Example], name: str) -> Tensor | None:

@@ -64,5 +64,5 @@ def _common(head: Example, example: Example) -> int:
 
 def _cut(example: Example, n: int) -> Example:
     """``example`` without its first ``n`` tokens, in all that it has per token."""
-    streams = {f.name: getattr(example, f.name) for f in attrs.fields(Example) if f.name.endswith("_L")}
+    streams = {f.name: getattr(example, f.name) for f in attrs.fields(Example) if "_L" in f.name}
     return attrs.evolve(example, shared=n, **{name: x[n:] for name, x in streams.items() if x is not None})

@@ -1,6 +1,6 @@
 """From scored groups of answers to examples: what an answer earns, and how much of that is its own merit.
 
-Shapes: S answers, K rewards of one, L tokens of one sequence.
+Shapes: S answers, K rewards of one, L tokens of one sequence; of routes, M layers and K experts per token.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _sampled(rollout: Rollout) -> Any:
 def _example(rollout: Rollout, advantage: float, group: int) -> Example:
     import numpy as np
 
-    prompt_L, answer_L = rollout.prompt.tokens_L, rollout.tokens_L
+    prompt_L, answer_L, routes_LMK = rollout.prompt.tokens_L, rollout.tokens_L, rollout.routes_LMK
     tokens_L = np.concatenate([prompt_L, answer_L]).astype(np.int32)
     said_L = np.full(len(answer_L), np.nan, np.float32) if rollout.logp_L is None else rollout.logp_L
     return Example(
@@ -159,4 +159,5 @@ def _example(rollout: Rollout, advantage: float, group: int) -> Example:
         group=group,
         sampled_logp_L=np.concatenate([np.zeros(len(prompt_L), np.float32), said_L.astype(np.float32)]),
         adv_L=np.full(len(tokens_L), advantage, np.float32),
+        routes_LMK=None if routes_LMK is None else np.pad(routes_LMK, ((0, 1), (0, 0), (0, 0)), constant_values=-1),
     )

@@ -102,6 +102,7 @@ def plain(group: Sequence[Rollout]) -> dict[str, Any]:
         "tokens": np.concatenate([r.tokens_L for r in group]).astype(np.int32),
         "logp": np.concatenate(said).astype(np.float32),
         "mask": np.concatenate(mask),
+        "routes": [r.routes_LMK for r in group],
         "answers": [
             {"length": len(r.tokens_L), "reward": r.reward, "parts": dict(r.parts), "finish": r.finish,
              "policy_step": r.policy_step} for r in group
@@ -116,11 +117,12 @@ def rollouts_of(kept: Mapping[str, Any]) -> list[Rollout]:
     prompt_L = kept["prompt"]
     prompt = Example(tokens_L=prompt_L, mask_L=np.zeros(len(prompt_L), bool), source=kept["source"], row=kept["row"])
     ends = np.cumsum([answer["length"] for answer in kept["answers"]])[:-1]
+    routes = kept.get("routes") or [None] * len(kept["answers"])
     pieces = zip(*(np.split(kept[name], ends) for name in ("tokens", "logp", "mask")), strict=True)
     return [
         Rollout(
             prompt=prompt, tokens_L=tokens_L, logp_L=logp_L, mask_L=mask_L, finish=answer["finish"],
-            policy_step=answer["policy_step"], reward=answer["reward"], parts=answer["parts"],
+            policy_step=answer["policy_step"], reward=answer["reward"], parts=answer["parts"], routes_LMK=routes_LMK,
         )
-        for answer, (tokens_L, logp_L, mask_L) in zip(kept["answers"], pieces, strict=True)
+        for answer, routes_LMK, (tokens_L, logp_L, mask_L) in zip(kept["answers"], routes, pieces, strict=True)
     ]  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ft.dist import whole
 from ft.errors import ModelError
 from ft.kernels.logprobs import token_logps
-from ft.models import documents, head, layout
+from ft.models import documents, head, layout, routes
 from ft.models.compare import Head, Term, compared
 from ft.models.layout import Layout, Rows, arrange
 from ft.types import Batch, LogProbs
@@ -116,9 +117,10 @@ class Scorer(nn.Module):
         rows = arrange(batch, layout, self.text_config, self.dtype)
         if own_logits:
             return {"logp_T": self._from_own_logits(batch, rows)}
-        out = documents.trunk(self.model)(
-            input_ids=rows.tokens_SL, use_cache=False, **rows.kwargs, **_router_logits(aux > 0)
-        )
+        with _routed(self.model, batch, rows):
+            out = documents.trunk(self.model)(
+                input_ids=rows.tokens_SL, use_cache=False, **rows.kwargs, **_router_logits(aux > 0)
+            )
         hidden_RD = out.last_hidden_state.flatten(0, 1)
         hidden_ND = hidden_RD[_trained_places(batch, rows)]
         found = self._scores(hidden_ND, batch) if self.scores else self._logps(hidden_ND, batch, temperature, entropy)
@@ -191,6 +193,17 @@ class Scorer(nn.Module):
 def _trained_places(batch: Batch, rows: Rows) -> Tensor:
     """place_N: where the trained positions stand among those forwarded."""
     return batch.trained_N if rows.place_T is None else rows.place_T[batch.trained_N]
+
+
+def _routed(model: nn.Module, batch: Batch, rows: Rows) -> AbstractContextManager[None]:
+    """A forward in which tokens go to the experts that the batch names, where it names any; padding goes as ever."""
+    if batch.routes_MTK is None:
+        return nullcontext()
+    if rows.place_T is None:
+        return routes.given(model, batch.routes_MTK)
+    (M, _, K), real = batch.routes_MTK.shape, sum(batch.lengths)
+    laid_MRK = batch.routes_MTK.new_full((M, rows.tokens_SL.numel(), K), -1)
+    return routes.given(model, laid_MRK.index_copy(1, rows.place_T[:real], batch.routes_MTK[:, :real]))
 
 
 def _scatter(x_N: Tensor, batch: Batch) -> Tensor:

@@ -2,7 +2,9 @@
 
 It is one of four, told by ``Policy.reference``: the policy with its adapters off (None), a second model (a Policy), the
 policy with earlier adapters (``Factors``, by name), or nothing that can be asked, since batches bring its log-probs
-("kept"). Shapes: T positions of a batch, N trained positions, E width of the reference.
+("kept"). Each routes tokens itself, also where the policy is given the sampler's experts: what it says is a function of
+the tokens alone, whoever sampled them, and the policy's experts are not those that other weights would choose.
+Shapes: T positions of a batch, N trained positions, E width of the reference.
 """
 
 from __future__ import annotations
@@ -42,14 +44,14 @@ def reference_logps(policy: Policy, batch: Batch, *, temperature: float = 1.0) -
     if policy.reference == "kept":
         return _kept(batch)
     with _as_reference(policy) as reference:
-        return policy_logps(reference, batch, temperature=temperature)
+        return policy_logps(reference, evolve(batch, routes_MTK=None), temperature=temperature)
 
 
 def reference_states(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
     """(log-probs [T], last hidden states [N, E]) of a batch under the reference."""
     assert policy.reference != "kept" and not isinstance(policy.reference, Mapping), "refused before the run"
     with _as_reference(policy) as reference, _evaluating(reference.scorer):
-        found = logprobs(reference, batch, hidden=True)
+        found = logprobs(reference, evolve(batch, routes_MTK=None), hidden=True)
     assert found.hidden_TD is not None
     return found.logp_T, found.hidden_TD[batch.trained_N]
 

@@ -71,6 +71,10 @@ class VLLM:
     """How a whole model reaches the running server, where no adapter is trained: "file" writes a folder which the
     server reads again, "nccl" sends tensors from GPU to GPU. "auto" is nccl where `devices` are GPUs that the trainer
     does not use, else file."""
+    routes: bool = False
+    """Train each token with the experts that the server chose for it, of models with routed experts: rounding leads
+    sampler and trainer to different ones, which makes ratios noisy and runs collapse. A server that runs already must
+    be started with --enable-return-routed-experts, as `ft serve` does then."""
     concurrency: int = field(default=32, validator=positive)
     """Prompts that are asked for at a time."""
     startup: float = field(default=600.0, validator=positive)

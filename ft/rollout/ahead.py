@@ -95,5 +95,6 @@ def _result(job: _Job) -> Found:
 def _rollout(prompt: Example, answer: Answer, step: int) -> Rollout:
     finish = "stop" if answer.stopped else "length"
     return Rollout(
-        prompt=prompt, tokens_L=answer.tokens_L, logp_L=answer.logp_L, finish=finish, policy_step=step
+        prompt=prompt, tokens_L=answer.tokens_L, logp_L=answer.logp_L, finish=finish, policy_step=step,
+        routes_LMK=answer.routes_LMK,
     )  # fmt: skip

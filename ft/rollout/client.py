@@ -63,6 +63,7 @@ class _Choice(msgspec.Struct):
     logprobs: _Logprobs | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: list[dict[str, _Prompted] | None] | None = None
+    routed_experts: str | None = None
 
 
 class _Completion(msgspec.Struct):
@@ -101,12 +102,14 @@ class _Done(msgspec.Struct):
 
 @frozen(kw_only=True)
 class Drawn:
-    """One answer. ``top`` are the likeliest log-probs at each token, where they were asked for."""
+    """One answer. ``top`` are the likeliest log-probs at each token, where they were asked for; ``routes`` the experts
+    of all tokens but the last, where the server tells them, as it tells them (``ft.rollout.routed``)."""
 
     tokens: tuple[int, ...]
     logps: tuple[float, ...]
     finish: str  # "stop" | "length"
     top: tuple[tuple[float, ...], ...] = ()
+    routes: str | None = None
 
 
 @frozen(kw_only=True)
@@ -272,6 +275,7 @@ def _drawn(choice: _Choice, prompt: Sequence[int], most: int) -> Drawn:
         logps=tuple(value for value in logps if value is not None),
         finish=choice.finish_reason,
         top=tuple(tuple(sorted((given or {}).values(), reverse=True)) for given in top),
+        routes=choice.routed_experts,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from attrs import define, evolve, frozen
+from attrs import define, evolve, field, frozen
 
 from ft.rollout.shared import number
 from ft.types import Environment, Example, Rollout, Sampler
@@ -34,9 +34,12 @@ class _Talk:
     logps: list[float]
     mask: list[bool]
     finish: str = "stop"
+    routes: list[np.ndarray] = field(factory=list)
 
     def hear(self, turn: Rollout) -> None:
         self.last = turn
+        if turn.routes_LMK is not None:  # of all that was said so far; what had its experts before keeps them
+            self.routes.append(turn.routes_LMK[sum(map(len, self.routes)) :])
         self.tokens += turn.tokens_L.tolist()
         self.logps += [np.nan] * len(turn.tokens_L) if turn.logp_L is None else turn.logp_L.tolist()
         self.mask += [True] * len(turn.tokens_L)
@@ -122,6 +125,7 @@ class EnvironmentSampler:
             mask_L=np.array(talk.mask, bool),
             finish=talk.finish,
             policy_step=talk.policy_step,
+            routes_LMK=np.concatenate(talk.routes) if talk.routes else None,
         )
 
 

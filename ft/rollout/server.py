@@ -63,7 +63,7 @@ def launch(recipe: Recipe, options: VLLM, model: Path, folder: Path) -> Launch:
     return Launch(
         python=interpreter(options),
         model=model.resolve(),
-        arguments=(*arguments(recipe, context(recipe, options)), *taking, *options.arguments),
+        arguments=(*arguments(recipe, context(recipe, options)), *taking, *_telling(options), *options.arguments),
         port=options.port,
         startup=options.startup,
         timeout=options.timeout,
@@ -77,6 +77,10 @@ def _taking(way: str) -> tuple[str, ...]:
     """Arguments of a server that takes whole models while it runs."""
     ours = ("--middleware", "ft_guard.Guard", "--worker-extension-cls", "ft_worker.Repacks")
     return ours if way == "file" else (*ours, "--weight-transfer-config", '{"backend": "nccl"}')
+
+
+def _telling(options: VLLM) -> tuple[str, ...]:
+    return ("--enable-return-routed-experts",) if options.routes else ()
 
 
 def context(recipe: Recipe, options: VLLM) -> int:

@@ -24,6 +24,7 @@ class Answer:
     tokens_L: np.ndarray
     logp_L: np.ndarray
     stopped: bool
+    routes_LMK: np.ndarray | None = None  # see ``ft.types.Rollout``
 
 
 def number(prompt: Example, place: int) -> int:
@@ -60,19 +61,29 @@ def from_all_ranks(found: Sequence[Sequence[Answer]], n: int, world: World) -> l
         return [list(group) for group in found]
     flat = [answer for group in found for answer in (group or [None] * n)]
     longest = int(dist.reduce_tree({"L": max((len(a.tokens_L) for a in flat if a), default=0)}, world, "max")["L"])
-    table = torch.zeros(len(flat), 2 * longest + 2, dtype=torch.float64, device=world.device)
+    table = torch.zeros(len(flat), 2 * longest + 5, dtype=torch.float64, device=world.device)
     for row, answer in zip(table, flat, strict=True):
         if answer is not None:
             size = len(answer.tokens_L)
             row[0], row[1] = size, answer.stopped
-            row[2 : 2 + size] = torch.from_numpy(answer.tokens_L.astype(np.float64))
-            row[2 + longest : 2 + longest + size] = torch.from_numpy(answer.logp_L.astype(np.float64))
+            row[2:5] = torch.tensor((0, 0, 0) if answer.routes_LMK is None else answer.routes_LMK.shape)
+            row[5 : 5 + size] = torch.from_numpy(answer.tokens_L.astype(np.float64))
+            row[5 + longest : 5 + longest + size] = torch.from_numpy(answer.logp_L.astype(np.float64))
     summed = dist.sum_over_ranks(table, world).cpu().numpy()
-    every = [_read(row, longest) for row in summed]
+    every = [_read(row, longest, answer, world) for row, answer in zip(summed, flat, strict=True)]
     return [every[p * n : (p + 1) * n] for p in range(len(found))]
 
 
-def _read(row: np.ndarray, longest: int) -> Answer:
-    size = int(row[0])
-    tokens_L = row[2 : 2 + size].astype(np.int32)
-    return Answer(tokens_L, row[2 + longest : 2 + longest + size].astype(np.float32), bool(row[1]))
+def _read(row: np.ndarray, longest: int, mine: Answer | None, world: World) -> Answer:
+    """``mine``: the answer, on the rank that has it."""
+    size, shape = int(row[0]), tuple(row[2:5].astype(int).tolist())
+    tokens_L, logp_L = row[5 : 5 + size].astype(np.int32), row[5 + longest : 5 + longest + size].astype(np.float32)
+    return Answer(tokens_L, logp_L, bool(row[1]), _routes(mine, shape, world) if all(shape) else None)
+
+
+def _routes(mine: Answer | None, shape: tuple[int, ...], world: World) -> np.ndarray:
+    """Summed like the table, answer by answer: they are hundreds of numbers a token."""
+    whole = torch.zeros(shape, dtype=torch.int32, device=world.device)
+    if mine is not None and mine.routes_LMK is not None:
+        whole.copy_(torch.from_numpy(mine.routes_LMK))
+    return dist.sum_over_ranks(whole, world).cpu().numpy().astype(np.int16)

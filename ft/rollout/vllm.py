@@ -19,7 +19,7 @@ from ft.dist import World
 from ft.errors import ServerError
 from ft.models.policy import Policy
 from ft.recipe.online import VLLM, Sampling
-from ft.rollout import canary, foreign
+from ft.rollout import canary, foreign, routed
 from ft.rollout.client import Client, Drawn, Malformed, Refused, Unreachable, in_parallel
 from ft.rollout.sent import Weights, packed, prune
 from ft.rollout.server import Server, generates, last_words, retried
@@ -47,6 +47,7 @@ class VLLMSampler:
     server: Server | None  # ours
     client: Client | None  # to one that is not ours
     notice: Callable[[str], None]
+    routed: routed.Routed | None = None  # where the policy has experts, if the server tells which it chose
     expect: Expect | None = None  # of a draw's answers: takes each group while others are drawn
     name: str = field(factory=lambda: f"ft-{secrets.token_hex(4)}")  # of the adapter; no other run's
     step: int = -1  # of the weights that the server has
@@ -176,12 +177,17 @@ class VLLMSampler:
         def ask(p: int) -> list[Answer]:
             asked = {**options, "seed": seed_of(self.seed, step, number(prompts[p], p))}
             drawn = client.complete(self.way.model, prompts[p].tokens_L.tolist(), n, asked)
-            group = [_answer(one, greedy) for one in drawn]
+            group = [_answer(one, greedy, self._routes(one, prompts[p])) for one in drawn]
             if arrived:
                 arrived([_rollout(prompts[p], answer, self.step) for answer in group])
             return group
 
         return in_parallel(ask, left, self.options.concurrency, self.closed)
+
+    def _routes(self, drawn: Drawn, prompt: Example) -> np.ndarray | None:
+        if self.routed is None:
+            return None
+        return routed.read(drawn.routes, self.routed, len(prompt) + len(drawn.tokens) - 1, self._client().url)
 
     # --- what goes wrong ---------------------------------------------------------------------------------------------
 
@@ -291,13 +297,14 @@ def _rollout(prompt: Example, answer: Answer, step: int) -> Rollout:
         logp_L=answer.logp_L,
         finish="stop" if answer.stopped else "length",
         policy_step=step,
+        routes_LMK=answer.routes_LMK,
     )
 
 
-def _answer(drawn: Drawn, greedy: bool) -> Answer:
+def _answer(drawn: Drawn, greedy: bool, routes_LMK: np.ndarray | None) -> Answer:
     """Log-probs of the likeliest token are not those of a draw: NaN, unknown."""
     logp_L = np.full(len(drawn.logps), np.nan) if greedy else np.array(drawn.logps)
-    return Answer(np.array(drawn.tokens, np.int32), logp_L.astype(np.float32), drawn.finish == "stop")
+    return Answer(np.array(drawn.tokens, np.int32), logp_L.astype(np.float32), drawn.finish == "stop", routes_LMK)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

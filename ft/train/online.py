@@ -15,7 +15,7 @@ from ft.errors import RecipeError
 from ft.io.weights import ModelFolder
 from ft.models.build import Built
 from ft.recipe import VLLM, Embedded, Recipe, run_folder
-from ft.rollout import canary, probe, sent
+from ft.rollout import canary, probe, routed, sent
 from ft.rollout.ahead import AheadSampler
 from ft.rollout.client import Client
 from ft.rollout.embedded import EmbeddedSampler
@@ -150,6 +150,7 @@ def _server(
         folder=place,
         server=Server(launch=launch(recipe, chosen, folder.path, place)) if ours else None,
         client=_client(chosen),
+        routed=routed.routed(built.policy) if chosen.routes else None,
         notice=say,
         expect=expect,
     )
