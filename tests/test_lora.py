@@ -374,6 +374,7 @@ def test_one_remark_of_bitsandbytes_is_left_out_while_peft_is_imported(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "peft", None)  # put back afterwards
     del sys.modules["peft"]
+    caplog.set_level(logging.WARNING, "bitsandbytes.backends.cpu.ops")  # whatever other tests silence
     assert loras.import_peft().logger is logging.getLogger("bitsandbytes.backends.cpu.ops")
     assert caplog.messages == ["the library is too old"]
     logging.getLogger("bitsandbytes.backends.cpu.ops").warning("gemm_4bit_forward is slow here")
