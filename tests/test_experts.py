@@ -113,6 +113,7 @@ def test_nf4_is_dequantised_again_in_backward_unless_kept(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(engines, "dequantise", counted)
     monkeypatch.setattr(chunked, "dequantise", counted)
+    monkeypatch.setattr(chunked, "TOGETHER", 1)  # one expert's matrix
     out.sum().backward()
     hit = len(made.index_TK.unique())
     assert len(calls) == (0 if keep else 2 * hit if engine == "chunked" else 2)
@@ -182,7 +183,8 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("nf4", [False, True])
-def test_lora_makes_no_tensor_of_the_size_of_a_stack(nf4: bool):
+def test_lora_makes_no_tensor_of_the_size_of_a_stack(nf4: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chunked, "TOGETHER", 2 * 64 * 64)
     case = Case(name="wide", T=16, K=2, E=16, D=64, I=64, r=4)
     made = problem(case, frozen=True)
     made = quantised(made) if nf4 else made

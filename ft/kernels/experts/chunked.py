@@ -2,8 +2,8 @@
 
 A chunk is a few experts' rows, padded to the longest: (C, P, .). Its rank-sized products are one batched product
 each, and so are those of experts whose matrices follow each other in the stack: made singly they cost a call each,
-and in 16 bits a call costs more than a small product's arithmetic. An NF4 matrix exists only while it is multiplied.
-Nothing of the size of all routed rows is made but what backward needs.
+and in 16 bits a call costs more than a small product's arithmetic. NF4 matrices are dense only while they
+are multiplied. Nothing of the size of all routed rows is made but what backward needs.
 
 Shapes: C experts of a chunk, P their padded rows, U = T + 1 (padding writes to the last); others as in the package.
 """
@@ -23,7 +23,9 @@ from ft.kernels.experts import LoRA, Params
 from ft.kernels.experts.chunks import Chunk, Route, route
 from ft.kernels.experts.projection import Kind, Needs, Tensors, Weights, split, sum_dtype, weights, width
 from ft.kernels.experts.rows import Gate, add_rows, gate
-from ft.kernels.nf4 import dequantise, split_rows
+from ft.kernels.nf4 import dequantise, slice_rows
+
+TOGETHER = 1 << 20  # values of NF4 matrices that are dense at a time, or one matrix: a call for each costs more
 
 
 def experts(
@@ -85,14 +87,17 @@ Found = Iterable[tuple[int, int, Tensor]]  # start, stop: the chunk's places who
 
 
 def matrices(w: Weights, chunk: Chunk, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """The experts' matrices, (n, ., .) for n neighbours; of an NF4 stack one exists at a time."""
+    """The experts' matrices, (n, ., .) for n neighbours; of an NF4 stack TOGETHER values at most exist at a time."""
     if isinstance(w, Tensor):
         yield from ((start, stop, w[e : e + stop - start]) for e, start, stop in chunk.runs)
     elif w.shape[1] * w.shape[2] % w.block:  # scales straddle experts
         yield 0, len(chunk.experts), dequantise(w, dtype)[chunk.expert_C]
     else:
-        singles = enumerate(split_rows(w, chunk.experts))
-        yield from ((i, i + 1, dequantise(one, dtype)) for i, one in singles)
+        most = max(1, TOGETHER // (w.shape[1] * w.shape[2]))
+        for e, start, stop in chunk.runs:
+            for i in range(start, stop, most):
+                n = min(most, stop - i)
+                yield i, i + n, dequantise(slice_rows(w, e + i - start, n), dtype)
 
 
 def times(x_CPN: Tensor, found: Found, out_CPM: Tensor, *, flip: bool, add: bool) -> None:

@@ -5,7 +5,7 @@ from ft.kernels.nf4.format import BLOCKS, NF4Tensor, dynamic_map, nbytes, nf4_co
 from ft.kernels.nf4.native import on_cpu
 from ft.kernels.nf4.ops import dequantise, dequantise_rows, quantise
 from ft.kernels.nf4.product import linear
-from ft.kernels.nf4.reference import split_rows
+from ft.kernels.nf4.reference import slice_rows
 
 __all__ = [
     "BLOCKS",
@@ -19,6 +19,6 @@ __all__ = [
     "nf4_code",
     "on_cpu",
     "quantise",
-    "split_rows",
+    "slice_rows",
     "to_bnb",
 ]

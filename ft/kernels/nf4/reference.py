@@ -7,7 +7,7 @@ R rows of dimension 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -227,26 +227,27 @@ _dynamic = cache(dynamic_map)
 
 
 @torch.no_grad()
-def split_rows(q: NF4Tensor, rows: Sequence[int]) -> list[NF4Tensor]:
-    """Each of these rows of dimension 0, (1, ...), sharing the bytes of ``q``; scales are float32, of all made at once.
+def slice_rows(q: NF4Tensor, first: int, n: int = 1) -> NF4Tensor:
+    """``n`` neighbouring rows of dimension 0, sharing the bytes of ``q``; scales are shared too, where theirs are whole
+    blocks of 256, and float32 elsewhere.
 
     Raises:
-        ModelError: a row is not a whole number of blocks, or there is no such row.
+        ModelError: a row is not a whole number of blocks, or there are no such rows.
     """
     row = row_size(q)
-    if not all(0 <= r < q.shape[0] for r in rows):
-        raise ModelError("no such rows", expected=f"0 .. {q.shape[0] - 1}", got=f"{min(rows)} .. {max(rows)}")
-    scale_RB = _row_scales(q, torch.tensor(rows, dtype=torch.int64, device=q.packed.device))
-    return [
-        NF4Tensor(
-            packed=q.packed[r * row // 2 : (r + 1) * row // 2],
-            absmax=scale_B,
-            shape=(1, *q.shape[1:]),
-            dtype=q.dtype,
-            block=q.block,
-        )
-        for r, scale_B in zip(rows, scale_RB.unbind(), strict=True)
-    ]
+    if not 0 <= first <= first + n <= q.shape[0]:
+        raise ModelError("no such rows", expected=f"0 .. {q.shape[0] - 1}", got=f"{first} .. {first + n - 1}")
+    packed, shape = q.packed[first * row // 2 : (first + n) * row // 2], (n, *q.shape[1:])
+    start, stop = first * row // q.block, (first + n) * row // q.block
+    absmax, nested, offset = q.absmax[start:stop], q.absmax2, q.offset
+    if nested is not None and start % NESTED_BLOCK:
+        absmax = _row_scales(q, torch.arange(first, first + n, device=q.packed.device)).view(-1)
+        nested = offset = None
+    if nested is not None:
+        nested = nested[start // NESTED_BLOCK : -(-stop // NESTED_BLOCK)]
+    return NF4Tensor(
+        packed=packed, absmax=absmax, absmax2=nested, offset=offset, shape=shape, dtype=q.dtype, block=q.block
+    )
 
 
 @torch.no_grad()
