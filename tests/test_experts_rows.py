@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -23,8 +24,8 @@ WAYS = ("C", "torch")
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(rows, "routines", lambda dtype: None)
-    elif rows.routines(torch.float32) is None:
+        monkeypatch.setattr(rows, "routines", lambda x: None)
+    elif rows.routines(torch.empty(0)) is None:
         pytest.skip(native.load(rows.SOURCE).text)
     return request.param
 
@@ -109,5 +110,16 @@ def test_whole_experts_agree_both_ways(way: str, case: Case):
     assert_same(run(problem(case), engines.experts, engine="chunked"), exact(case), 1e-5)
 
 
-def test_other_types_are_torchs_own():
-    assert rows.routines(torch.float64) is None and rows.routines(torch.float16) is None
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_c_is_given_rows_of_its_types_in_a_cpus_memory_alone(device: str, dtype: torch.dtype):
+    """The chunked engine runs on a GPU too, for widths that grouped_mm does not take: C must not read there."""
+    found = rows.routines(torch.empty(0, dtype=dtype, device=device))
+    if device == "meta" or dtype in (torch.float16, torch.float64):
+        assert found is None
+    else:
+        assert (found is None) == (native.load(rows.SOURCE).library is None)
+
+
+def test_the_source_ships_with_the_package():
+    assert "forward" in (files("ft.kernels.experts") / "rows.c").read_text()

@@ -28,11 +28,13 @@ New = Callable[[Sequence[int]], Tensor]  # memory for a tensor of this shape
 Back = tuple[Tensor, Tensor, Tensor]  # a_CPI, <a, u> of each row, dh_CPM
 
 
+def routines(rows: Tensor) -> Any | None:
+    """rows.c, which reads memory of a CPU; None where torch must do: other devices, other types, no compiler."""
+    return _library(rows.dtype) if rows.device.type == "cpu" and rows.dtype in _FLAGS else None
+
+
 @cache
-def routines(dtype: torch.dtype) -> Any | None:
-    """rows.c for rows of this type; None where torch must do."""
-    if dtype not in _FLAGS:
-        return None
+def _library(dtype: torch.dtype) -> Any | None:
     found = native.load(SOURCE, ("-ffp-contract=fast", "-fopenmp-simd", *_FLAGS[dtype])).library
     if found is not None:
         pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -46,7 +48,7 @@ def routines(dtype: torch.dtype) -> Any | None:
 
 def add_rows(out_UD: Tensor, target_R: Tensor, y_RD: Tensor, w_R: Tensor | None) -> None:
     """out[target_r] += w_r y_r (w = 1 where None), in the order of rows, in the type of ``out`` and ``w``."""
-    C = routines(y_RD.dtype)
+    C = routines(y_RD)
     if C is None:
         y_RD = y_RD.to(out_UD.dtype)
         out_UD.index_add_(0, target_R, y_RD if w_R is None else y_RD * w_R[:, None])
@@ -79,7 +81,7 @@ class Gated:
         return self._f(gate_RI) * up_RI
 
     def forward(self, h_CPM: Tensor, new: New) -> Tensor:
-        C = routines(h_CPM.dtype)
+        C = routines(h_CPM)
         gate_CPI, up_CPI = h_CPM.chunk(2, dim=-1)
         a_CPI = new(gate_CPI.shape)
         if C is None:
@@ -88,7 +90,7 @@ class Gated:
         return a_CPI
 
     def backward(self, h_CPM: Tensor, u_CPI: Tensor, w_CP: Tensor, new_a: New, new_dh: New) -> Back:
-        C = routines(h_CPM.dtype)
+        C = routines(h_CPM)
         a_CPI, dh_CPM = new_a(u_CPI.shape), new_dh(h_CPM.shape)
         if C is None:
             return a_CPI, self._backward(h_CPM, u_CPI, w_CP, a_CPI, dh_CPM), dh_CPM
