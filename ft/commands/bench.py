@@ -22,8 +22,8 @@ from ft.commands.kernels import measure, roofline, tables
 from ft.commands.kernels.contest import DTYPES, FT, Contest, Results, Run, Spec, faults
 from ft.commands.kernels.shipped import Work
 from ft.errors import RecipeError
-from ft.kernels import launch
-from ft.kernels.nf4 import on_cpu
+from ft.kernels import launch, nf4
+from ft.kernels.experts import rows
 
 OPS = ("experts", "nf4", "logprobs", "routing", "reductions")
 WITHOUT_CASES = ("tiled",)  # it recomputes what it is given, so its time is that of what it is given
@@ -85,8 +85,11 @@ def bench(chosen: Sequence[Spec], options: Options, console: Console) -> bool:
     dtypes = dtypes_of(options, device)
     console.print(f"{measure.device()}, {torch.get_num_threads()} threads, torch {torch.__version__}", highlight=False)
     console.print("x ft: time over ft's. limit: dense products of the same FLOPs. Rates count the least work.")
-    if device.type == "cpu" and any(spec.op in ("nf4", "experts") for spec in chosen):
-        console.print(f"NF4 is dequantised by {on_cpu()}", highlight=False, markup=False)
+    ops = {spec.op for spec in chosen} if device.type == "cpu" else set()
+    if ops & {"nf4", "experts"}:
+        console.print(f"NF4 is dequantised by {nf4.on_cpu()}", highlight=False, markup=False)
+    if "experts" in ops:
+        console.print(f"rows of experts are worked on by {rows.on_cpu()}", highlight=False, markup=False)
     for name in ("bitsandbytes", "torch._dynamo"):  # remarks on what is not installed, and on graph breaks
         logging.getLogger(name).setLevel(logging.CRITICAL)
     all_right = True

@@ -28,7 +28,7 @@ static inline value put(float x) { return x; }
 
 enum { LEAST = 1 << 15, COLUMNS = 64 };                  /* values for which threads pay; columns of a cache line or more */
 
-const char *instructions(void) { return "the compiler's"; }
+const char *instructions(void) { return "vectors left to the compiler"; }
 
 /* out[target[r]] += weight[r] y[r], in the order of r; a thread has columns of its own. No weights: 1. */
 void scatter(

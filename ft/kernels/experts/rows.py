@@ -30,18 +30,23 @@ Back = tuple[Tensor, Tensor, Tensor]  # a_CPI, <a, u> of each row, dh_CPM
 
 def routines(rows: Tensor) -> Any | None:
     """rows.c, which reads memory of a CPU; None where torch must do: other devices, other types, no compiler."""
-    return _library(rows.dtype) if rows.device.type == "cpu" and rows.dtype in _FLAGS else None
+    return _loaded(rows.dtype).library if rows.device.type == "cpu" and rows.dtype in _FLAGS else None
+
+
+def on_cpu() -> str:
+    """What works on rows on a CPU, in a line: C routines, or torch and why."""
+    return _loaded(torch.float32).text
 
 
 @cache
-def _library(dtype: torch.dtype) -> Any | None:
-    found = native.load(SOURCE, ("-ffp-contract=fast", "-fopenmp-simd", *_FLAGS[dtype])).library
-    if found is not None:
+def _loaded(dtype: torch.dtype) -> native.Native:
+    found = native.load(SOURCE, ("-ffp-contract=fast", "-fopenmp-simd", *_FLAGS[dtype]))
+    if (library := found.library) is not None:
         pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        found.scatter.argtypes = [*[pointer] * 4, number, number, integer]
-        found.forward.argtypes = [*[pointer] * 2, number, number, integer, integer]
-        found.backward.argtypes = [*[pointer] * 6, number, number, integer, integer]
-        for one in (found.scatter, found.forward, found.backward):
+        library.scatter.argtypes = [*[pointer] * 4, number, number, integer]
+        library.forward.argtypes = [*[pointer] * 2, number, number, integer, integer]
+        library.backward.argtypes = [*[pointer] * 6, number, number, integer, integer]
+        for one in (library.scatter, library.forward, library.backward):
             one.restype = None
     return found
 
